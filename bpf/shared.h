@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Rendered by `python -m enforcer.kernel_abi > bpf/shared.h`; change enforcer/kernel_abi.py instead. */
+#ifndef REGISTRY_ENFORCER_SHARED_H
+#define REGISTRY_ENFORCER_SHARED_H
+
+#define MAX_WIRE_BYTES 2048
+#define MAX_NAME_BYTES 256
+#define MAX_PORTS_PER_NAME 8
+#define MAX_NAMES 131072
+#define MAX_RESOLVERS 64
+#define MAX_RANGES 4096
+#define MAX_QUERIES 16384
+#define MAX_LEARNED 65536
+#define MAX_PROGRAM_NAMES 256
+#define MAX_CGROUPS 16384
+#define EVENT_BYTES 1048576
+#define COMM_BYTES 16
+
+#define OUTCOME_LEARNED 0
+#define OUTCOME_REPEATED 1
+#define OUTCOME_UNREADABLE 2
+#define OUTCOME_NO_ADDRESS 3
+#define OUTCOME_UNLISTED 4
+#define OUTCOME_UNTRUSTED 5
+#define OUTCOME_UNSOLICITED 6
+#define OUTCOME_MISMATCHED 7
+#define OUTCOME_MALFORMED 8
+#define OUTCOME_EVENT_LOST 9
+#define OUTCOMES 10
+
+#define RANGE_NEVER 1
+#define RANGE_PRIVATE 2
+
+/* Key of `names`: a reversed, lower-case name. Exact: all of it and a NUL. Wildcard *.x: reversed x and a dot. */
+struct name_key {
+	__u32 prefix_bits; /* length of `reversed` that counts, in bits */
+	__u8 reversed[256]; /* moc.elpmaxe.a NUL, or moc.elpmaxe. */
+};
+_Static_assert(sizeof(struct name_key) == 260, "size of name_key");
+_Static_assert(__builtin_offsetof(struct name_key, prefix_bits) == 0, "name_key.prefix_bits");
+_Static_assert(__builtin_offsetof(struct name_key, reversed) == 4, "name_key.reversed");
+
+/* Value of `names`: what an answer for this name permits. */
+struct name_rule {
+	__u64 pattern_id; /* names the pattern across restarts: see pattern_id() */
+	__u16 ports[8]; /* host order; the first port_count count */
+	__u8 port_count; /* 1 .. MAX_PORTS_PER_NAME */
+	__u8 private_addresses; /* 1: an answer in a private range may teach */
+	__u8 padding[6]; /* zero */
+};
+_Static_assert(sizeof(struct name_rule) == 32, "size of name_rule");
+_Static_assert(__builtin_offsetof(struct name_rule, pattern_id) == 0, "name_rule.pattern_id");
+_Static_assert(__builtin_offsetof(struct name_rule, ports) == 8, "name_rule.ports");
+_Static_assert(__builtin_offsetof(struct name_rule, port_count) == 24, "name_rule.port_count");
+_Static_assert(__builtin_offsetof(struct name_rule, private_addresses) == 25, "name_rule.private_addresses");
+_Static_assert(__builtin_offsetof(struct name_rule, padding) == 26, "name_rule.padding");
+
+/* Key of `ranges`; the value is a __u32 RANGE_*. */
+struct range_key {
+	__u32 prefix_bits; /* of the mapped address: an IPv4 prefix is 96 longer */
+	__u8 address[16]; /* network order, IPv4 mapped */
+};
+_Static_assert(sizeof(struct range_key) == 20, "size of range_key");
+_Static_assert(__builtin_offsetof(struct range_key, prefix_bits) == 0, "range_key.prefix_bits");
+_Static_assert(__builtin_offsetof(struct range_key, address) == 4, "range_key.address");
+
+/* Key of `queries`: one question that left this host through an uplink or lo. */
+struct query_key {
+	__u8 resolver[16]; /* network order, IPv4 mapped */
+	__u8 client[16]; /* the address that asked, after source NAT */
+	__u16 client_port; /* network order, as on the wire */
+	__u16 transaction_id; /* network order, as on the wire */
+	__u32 protocol; /* IPPROTO_UDP or IPPROTO_TCP */
+};
+_Static_assert(sizeof(struct query_key) == 40, "size of query_key");
+_Static_assert(__builtin_offsetof(struct query_key, resolver) == 0, "query_key.resolver");
+_Static_assert(__builtin_offsetof(struct query_key, client) == 16, "query_key.client");
+_Static_assert(__builtin_offsetof(struct query_key, client_port) == 32, "query_key.client_port");
+_Static_assert(__builtin_offsetof(struct query_key, transaction_id) == 34, "query_key.transaction_id");
+_Static_assert(__builtin_offsetof(struct query_key, protocol) == 36, "query_key.protocol");
+
+/* Value of `queries`. */
+struct query {
+	__u64 question_hash; /* of the lower-case question name, type and class, keyed with question_key */
+	__u64 asked_at; /* nanoseconds, clock of this build */
+};
+_Static_assert(sizeof(struct query) == 16, "size of query");
+_Static_assert(__builtin_offsetof(struct query, question_hash) == 0, "query.question_hash");
+_Static_assert(__builtin_offsetof(struct query, asked_at) == 8, "query.asked_at");
+
+/* Key of `learned`: where a connection may go. */
+struct learned_key {
+	__u8 address[16]; /* network order, IPv4 mapped */
+	__u16 port; /* host order */
+	__u16 padding; /* zero */
+};
+_Static_assert(sizeof(struct learned_key) == 20, "size of learned_key");
+_Static_assert(__builtin_offsetof(struct learned_key, address) == 0, "learned_key.address");
+_Static_assert(__builtin_offsetof(struct learned_key, port) == 16, "learned_key.port");
+_Static_assert(__builtin_offsetof(struct learned_key, padding) == 18, "learned_key.padding");
+
+/* Value of `learned`. */
+struct learned_value {
+	__u64 expires_at; /* nanoseconds, clock of this build; later: no permission */
+	__u64 pattern_id; /* the pattern that taught it last */
+};
+_Static_assert(sizeof(struct learned_value) == 16, "size of learned_value");
+_Static_assert(__builtin_offsetof(struct learned_value, expires_at) == 0, "learned_value.expires_at");
+_Static_assert(__builtin_offsetof(struct learned_value, pattern_id) == 8, "learned_value.pattern_id");
+
+/* The one value of `settings`; all zero (not configured) means: learn nothing, vouch for nothing. */
+struct settings {
+	__u64 question_key; /* secret; a forged question cannot be fitted to a hash */
+	__u64 lifetime_floor; /* nanoseconds */
+	__u64 lifetime_ceiling; /* nanoseconds */
+	__u64 refresh_margin; /* nanoseconds */
+	__u64 query_window; /* nanoseconds */
+	__u64 netns_cookie; /* of the namespace that is enforced; sockets of others are left alone */
+	__u64 pidns_device; /* st_dev of /proc/1/ns/pid as the kernel counts it; 0: not known */
+	__u64 pidns_inode; /* st_ino of the same */
+	__u32 mark_mask; /* our bits; others survive */
+	__u32 mark_vouched; /* the vouching bit */
+	__u32 mark_host; /* scope bits: host */
+	__u32 mark_engine; /* scope bits: engine */
+	__u32 mark_container; /* scope bits: container */
+	__u32 configured; /* 1 when the above counts */
+};
+_Static_assert(sizeof(struct settings) == 88, "size of settings");
+_Static_assert(__builtin_offsetof(struct settings, question_key) == 0, "settings.question_key");
+_Static_assert(__builtin_offsetof(struct settings, lifetime_floor) == 8, "settings.lifetime_floor");
+_Static_assert(__builtin_offsetof(struct settings, lifetime_ceiling) == 16, "settings.lifetime_ceiling");
+_Static_assert(__builtin_offsetof(struct settings, refresh_margin) == 24, "settings.refresh_margin");
+_Static_assert(__builtin_offsetof(struct settings, query_window) == 32, "settings.query_window");
+_Static_assert(__builtin_offsetof(struct settings, netns_cookie) == 40, "settings.netns_cookie");
+_Static_assert(__builtin_offsetof(struct settings, pidns_device) == 48, "settings.pidns_device");
+_Static_assert(__builtin_offsetof(struct settings, pidns_inode) == 56, "settings.pidns_inode");
+_Static_assert(__builtin_offsetof(struct settings, mark_mask) == 64, "settings.mark_mask");
+_Static_assert(__builtin_offsetof(struct settings, mark_vouched) == 68, "settings.mark_vouched");
+_Static_assert(__builtin_offsetof(struct settings, mark_host) == 72, "settings.mark_host");
+_Static_assert(__builtin_offsetof(struct settings, mark_engine) == 76, "settings.mark_engine");
+_Static_assert(__builtin_offsetof(struct settings, mark_container) == 80, "settings.mark_container");
+_Static_assert(__builtin_offsetof(struct settings, configured) == 84, "settings.configured");
+
+/* Head of an event; `wire_length` bytes of the DNS message follow. */
+struct dns_event {
+	__u64 at; /* nanoseconds, clock of this build */
+	__u32 interface; /* index of the interface it arrived on */
+	__u32 message_length; /* bytes of the whole message; more than wire_length if it was cut */
+	__u16 wire_length; /* bytes that follow, at most MAX_WIRE_BYTES */
+	__u8 outcome; /* OUTCOME_* */
+	__u8 protocol; /* IPPROTO_UDP or IPPROTO_TCP */
+	__u32 inserted; /* how many (address, port) this packet added or extended */
+	__u8 resolver[16]; /* network order, IPv4 mapped */
+};
+_Static_assert(sizeof(struct dns_event) == 40, "size of dns_event");
+_Static_assert(__builtin_offsetof(struct dns_event, at) == 0, "dns_event.at");
+_Static_assert(__builtin_offsetof(struct dns_event, interface) == 8, "dns_event.interface");
+_Static_assert(__builtin_offsetof(struct dns_event, message_length) == 12, "dns_event.message_length");
+_Static_assert(__builtin_offsetof(struct dns_event, wire_length) == 16, "dns_event.wire_length");
+_Static_assert(__builtin_offsetof(struct dns_event, outcome) == 18, "dns_event.outcome");
+_Static_assert(__builtin_offsetof(struct dns_event, protocol) == 19, "dns_event.protocol");
+_Static_assert(__builtin_offsetof(struct dns_event, inserted) == 20, "dns_event.inserted");
+_Static_assert(__builtin_offsetof(struct dns_event, resolver) == 24, "dns_event.resolver");
+
+#endif

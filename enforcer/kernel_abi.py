@@ -1,0 +1,357 @@
+"""What the daemon, the BPF programs and the ruleset agree on: marks, limits, layouts.
+
+Everything is owned here. `bpf/shared.h` is rendered from this module (`python -m enforcer.kernel_abi > bpf/shared.h`)
+and committed; a test compares byte for byte, and the C compiler asserts each size and offset.
+
+Numbers in structures are in host byte order unless the field says "network order". Addresses are 16 bytes; IPv4 is
+mapped into IPv6 (::ffff:a.b.c.d), so that one map serves both families.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+
+# --- marks -----------------------------------------------------------------------------------------------------------
+# Three bits of skb->mark. Clear of the bits that kube-proxy (0xC000), Tailscale (0xC0000), Calico's eBPF data plane
+# (0x1ff00000), Cilium (0x0F00) and portmap (0x2000) use.
+MARK_MASK = 0xE0000000
+MARK_SCOPE_MASK = 0x60000000
+MARK_VOUCHED = 0x80000000
+
+
+class MarkedScope(enum.IntEnum):
+    """Whose socket it is, stamped by the connect hooks into the mark; 0 is a packet that no hook has seen."""
+
+    UNSTAMPED = 0x00000000
+    HOST = 0x20000000
+    ENGINE = 0x40000000
+    CONTAINER = 0x60000000
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+MAX_WIRE_BYTES = 2048  # a DNS message that BPF reads whole; longer ones the daemon resolves itself
+MAX_NAME_BYTES = 256  # kernel: LPM_DATA_SIZE_MAX (kernel/bpf/lpm_trie.c); a name is 253 characters and a NUL
+MAX_PORTS_PER_NAME = 8
+MAX_NAMES = 131_072
+MAX_RESOLVERS = 64
+MAX_RANGES = 4_096
+MAX_QUERIES = 16_384
+MAX_LEARNED = 65_536  # marks for the first packets; the nft set is the long memory and holds more
+MAX_PROGRAM_NAMES = 256
+MAX_CGROUPS = 16_384
+EVENT_BYTES = 1 << 20  # the ring
+COMM_BYTES = 16  # kernel: TASK_COMM_LEN
+LIFETIME_FLOOR_SECONDS = 300  # a learned address lives max(TTL, this): clients cache answers longer than they should
+LIFETIME_CEILING_SECONDS = 86_400
+REFRESH_MARGIN_SECONDS = 60  # a repeated answer that extends the lifetime by less is not reported again
+QUERY_WINDOW_SECONDS = 10  # an answer later than this after its query teaches nothing
+
+
+class Outcome(enum.IntEnum):
+    """What became of a packet from port 53: index into the `counters` map and label of enforcer_dns_answers_total."""
+
+    LEARNED = 0  # at least one address is new or lives longer now
+    REPEATED = 1  # all of its addresses were known already
+    UNREADABLE = 2  # BPF could not read it whole; the daemon was asked to resolve the name
+    NO_ADDRESS = 3  # an allowed name without an address that may be learned: negative, other type, loopback ...
+    UNLISTED = 4  # the name is not in the policy
+    UNTRUSTED = 5  # not from a trusted resolver
+    UNSOLICITED = 6  # no query was seen that it answers (resolver, addresses, port, transaction id, time)
+    MISMATCHED = 7  # answers another question than the one that was asked
+    MALFORMED = 8  # not a DNS answer
+    EVENT_LOST = 9  # learned, but the ring was full: the daemon reads the `learned` map instead
+
+
+class RangeClass(enum.IntEnum):
+    """Value of the `ranges` map: addresses of an answer that need more than an allowed name."""
+
+    NEVER = 1  # loopback, link-local, multicast, unspecified, this host's own
+    PRIVATE = 2  # only for names the operator wrote
+
+
+class Protocol(enum.IntEnum):
+    """IP protocol numbers."""
+
+    TCP = 6
+    UDP = 17
+
+
+# --- structures ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One member of a shared structure: C type, array length (0: scalar) and what it means."""
+
+    c_type: str
+    name: str
+    count: int
+    meaning: str
+
+
+_FORMATS = {"__u8": "B", "__u16": "H", "__u32": "I", "__u64": "Q", "char": "s"}
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """A C structure without implicit padding, and its Python codec."""
+
+    name: str
+    meaning: str
+    fields: tuple[Field, ...]
+
+    @property
+    def codec(self) -> struct.Struct:
+        """The same layout for `struct`; byte arrays are one bytes value, other arrays one value an item."""
+        parts = []
+        for field in self.fields:
+            letter = _FORMATS[field.c_type]
+            if field.count and letter in "Bs":
+                parts.append(f"{field.count}s")
+            else:
+                parts.append(f"{field.count or 1}{letter}")
+        return struct.Struct("=" + "".join(parts))
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.codec.size
+
+    def offsets(self) -> Iterator[tuple[Field, int]]:
+        """Each field with its offset in bytes."""
+        at = 0
+        for field in self.fields:
+            yield field, at
+            at += struct.calcsize("=" + _FORMATS[field.c_type]) * (field.count or 1)
+
+
+NAME_KEY = Structure(
+    "name_key",
+    "Key of `names`: a reversed, lower-case name. Exact: all of it and a NUL. Wildcard *.x: reversed x and a dot.",
+    (
+        Field("__u32", "prefix_bits", 0, "length of `reversed` that counts, in bits"),
+        Field("__u8", "reversed", MAX_NAME_BYTES, "moc.elpmaxe.a NUL, or moc.elpmaxe."),
+    ),
+)
+NAME_RULE = Structure(
+    "name_rule",
+    "Value of `names`: what an answer for this name permits.",
+    (
+        Field("__u64", "pattern_id", 0, "names the pattern across restarts: see pattern_id()"),
+        Field("__u16", "ports", MAX_PORTS_PER_NAME, "host order; the first port_count count"),
+        Field("__u8", "port_count", 0, "1 .. MAX_PORTS_PER_NAME"),
+        Field("__u8", "private_addresses", 0, "1: an answer in a private range may teach"),
+        Field("__u8", "padding", 6, "zero"),
+    ),
+)
+RANGE_KEY = Structure(
+    "range_key",
+    "Key of `ranges`; the value is a __u32 RANGE_*.",
+    (
+        Field("__u32", "prefix_bits", 0, "of the mapped address: an IPv4 prefix is 96 longer"),
+        Field("__u8", "address", 16, "network order, IPv4 mapped"),
+    ),
+)
+QUERY_KEY = Structure(
+    "query_key",
+    "Key of `queries`: one question that left this host through an uplink or lo.",
+    (
+        Field("__u8", "resolver", 16, "network order, IPv4 mapped"),
+        Field("__u8", "client", 16, "the address that asked, after source NAT"),
+        Field("__u16", "client_port", 0, "network order, as on the wire"),
+        Field("__u16", "transaction_id", 0, "network order, as on the wire"),
+        Field("__u32", "protocol", 0, "IPPROTO_UDP or IPPROTO_TCP"),
+    ),
+)
+QUERY = Structure(
+    "query",
+    "Value of `queries`.",
+    (
+        Field("__u64", "question_hash", 0, "of the lower-case question name, type and class, keyed with question_key"),
+        Field("__u64", "asked_at", 0, "nanoseconds, clock of this build"),
+    ),
+)
+LEARNED_KEY = Structure(
+    "learned_key",
+    "Key of `learned`: where a connection may go.",
+    (
+        Field("__u8", "address", 16, "network order, IPv4 mapped"),
+        Field("__u16", "port", 0, "host order"),
+        Field("__u16", "padding", 0, "zero"),
+    ),
+)
+LEARNED = Structure(
+    "learned_value",
+    "Value of `learned`.",
+    (
+        Field("__u64", "expires_at", 0, "nanoseconds, clock of this build; later: no permission"),
+        Field("__u64", "pattern_id", 0, "the pattern that taught it last"),
+    ),
+)
+SETTINGS = Structure(
+    "settings",
+    "The one value of `settings`; all zero (not configured) means: learn nothing, vouch for nothing.",
+    (
+        Field("__u64", "question_key", 0, "secret; a forged question cannot be fitted to a hash"),
+        Field("__u64", "lifetime_floor", 0, "nanoseconds"),
+        Field("__u64", "lifetime_ceiling", 0, "nanoseconds"),
+        Field("__u64", "refresh_margin", 0, "nanoseconds"),
+        Field("__u64", "query_window", 0, "nanoseconds"),
+        Field("__u64", "netns_cookie", 0, "of the namespace that is enforced; sockets of others are left alone"),
+        Field("__u64", "pidns_device", 0, "st_dev of /proc/1/ns/pid as the kernel counts it; 0: not known"),
+        Field("__u64", "pidns_inode", 0, "st_ino of the same"),
+        Field("__u32", "mark_mask", 0, "our bits; others survive"),
+        Field("__u32", "mark_vouched", 0, "the vouching bit"),
+        Field("__u32", "mark_host", 0, "scope bits: host"),
+        Field("__u32", "mark_engine", 0, "scope bits: engine"),
+        Field("__u32", "mark_container", 0, "scope bits: container"),
+        Field("__u32", "configured", 0, "1 when the above counts"),
+    ),
+)
+EVENT = Structure(
+    "dns_event",
+    "Head of an event; `wire_length` bytes of the DNS message follow.",
+    (
+        Field("__u64", "at", 0, "nanoseconds, clock of this build"),
+        Field("__u32", "interface", 0, "index of the interface it arrived on"),
+        Field("__u32", "message_length", 0, "bytes of the whole message; more than wire_length if it was cut"),
+        Field("__u16", "wire_length", 0, "bytes that follow, at most MAX_WIRE_BYTES"),
+        Field("__u8", "outcome", 0, "OUTCOME_*"),
+        Field("__u8", "protocol", 0, "IPPROTO_UDP or IPPROTO_TCP"),
+        Field("__u32", "inserted", 0, "how many (address, port) this packet added or extended"),
+        Field("__u8", "resolver", 16, "network order, IPv4 mapped"),
+    ),
+)
+STRUCTURES = (NAME_KEY, NAME_RULE, RANGE_KEY, QUERY_KEY, QUERY, LEARNED_KEY, LEARNED, SETTINGS, EVENT)
+
+_LIMITS = (
+    "MAX_WIRE_BYTES",
+    "MAX_NAME_BYTES",
+    "MAX_PORTS_PER_NAME",
+    "MAX_NAMES",
+    "MAX_RESOLVERS",
+    "MAX_RANGES",
+    "MAX_QUERIES",
+    "MAX_LEARNED",
+    "MAX_PROGRAM_NAMES",
+    "MAX_CGROUPS",
+    "EVENT_BYTES",
+    "COMM_BYTES",
+)
+
+
+# --- codecs ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class DnsEvent:
+    """One learning packet, as BPF saw it."""
+
+    at_ns: int
+    interface: int
+    message_length: int
+    outcome: Outcome
+    protocol: Protocol
+    inserted: int
+    resolver: IPv4Address | IPv6Address
+    wire: bytes  # at most MAX_WIRE_BYTES
+
+
+def pack_address(address: IPv4Address | IPv6Address) -> bytes:
+    """16 bytes, network order; IPv4 mapped into IPv6 (RFC 4291 section 2.5.5.2)."""
+    if isinstance(address, IPv4Address):
+        return b"\0" * 10 + b"\xff\xff" + address.packed
+    return address.packed
+
+
+def unpack_address(packed: bytes) -> IPv4Address | IPv6Address:
+    """The inverse of `pack_address`: a mapped address becomes an IPv4Address."""
+    address = IPv6Address(packed)
+    return address.ipv4_mapped or address
+
+
+def pack_name_key(name: str, *, wildcard: bool) -> bytes:
+    """Key of `names` for an ASCII, lower-case name without trailing dot; ValueError if it does not fit."""
+    reversed_name = name.encode("ascii")[::-1] + (b"." if wildcard else b"\0")
+    if len(reversed_name) > MAX_NAME_BYTES - 2:
+        raise ValueError(f"{name}: longer than 253 characters")
+    return NAME_KEY.codec.pack(len(reversed_name) * 8, reversed_name)
+
+
+def pack_name_rule(pattern_id: int, ports: Iterable[int], *, private_addresses: bool) -> bytes:
+    """Value of `names`; ValueError for no port or more than MAX_PORTS_PER_NAME."""
+    ports = list(ports)
+    if not 1 <= len(ports) <= MAX_PORTS_PER_NAME:
+        raise ValueError(f"{len(ports)} ports: 1 to {MAX_PORTS_PER_NAME} fit")
+    padded = ports + [0] * (MAX_PORTS_PER_NAME - len(ports))
+    return NAME_RULE.codec.pack(pattern_id, *padded, len(ports), int(private_addresses), b"")
+
+
+def pack_range_key(network_address: IPv4Address | IPv6Address, prefix_length: int) -> bytes:
+    """Key of `ranges`."""
+    mapped_bits = prefix_length + (96 if isinstance(network_address, IPv4Address) else 0)
+    return RANGE_KEY.codec.pack(mapped_bits, pack_address(network_address))
+
+
+def pack_learned_key(address: IPv4Address | IPv6Address, port: int) -> bytes:
+    """Key of `learned`."""
+    return LEARNED_KEY.codec.pack(pack_address(address), port, 0)
+
+
+def unpack_learned_key(key: bytes) -> tuple[IPv4Address | IPv6Address, int]:
+    """(address, port) of a key of `learned`."""
+    packed, port, _ = LEARNED_KEY.codec.unpack(key)
+    return unpack_address(packed), port
+
+
+def decode_event(record: bytes) -> DnsEvent:
+    """One ring record; ValueError if it is not one (a lost half of a perf record, another ABI)."""
+    if len(record) < EVENT.size:
+        raise ValueError(f"event of {len(record)} bytes, at least {EVENT.size} expected")
+    at, interface, message_length, wire_length, outcome, protocol, inserted, resolver = EVENT.codec.unpack_from(record)
+    wire = bytes(record[EVENT.size : EVENT.size + wire_length])
+    if len(wire) != wire_length:
+        raise ValueError(f"event announces {wire_length} bytes of DNS and carries {len(wire)}")
+    return DnsEvent(
+        at, interface, message_length, Outcome(outcome), Protocol(protocol), inserted, unpack_address(resolver), wire
+    )
+
+
+# --- bpf/shared.h ----------------------------------------------------------------------------------------------------
+def render_shared_header() -> str:
+    """The text of bpf/shared.h."""
+    lines = [
+        "/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */",
+        "/* Rendered by `python -m enforcer.kernel_abi > bpf/shared.h`; change enforcer/kernel_abi.py instead. */",
+        "#ifndef REGISTRY_ENFORCER_SHARED_H",
+        "#define REGISTRY_ENFORCER_SHARED_H",
+        "",
+    ]
+    lines += [f"#define {name} {globals()[name]}" for name in _LIMITS]
+    lines.append("")
+    for outcome in Outcome:
+        lines.append(f"#define OUTCOME_{outcome.name} {outcome.value}")
+    lines.append(f"#define OUTCOMES {len(Outcome)}")
+    lines.append("")
+    for range_class in RangeClass:
+        lines.append(f"#define RANGE_{range_class.name} {range_class.value}")
+    for structure in STRUCTURES:
+        lines += ["", f"/* {structure.meaning} */", f"struct {structure.name} {{"]
+        for field in structure.fields:
+            array = f"[{field.count}]" if field.count else ""
+            lines.append(f"\t{field.c_type} {field.name}{array}; /* {field.meaning} */")
+        lines.append("};")
+        lines.append(
+            f'_Static_assert(sizeof(struct {structure.name}) == {structure.size}, "size of {structure.name}");'
+        )
+        for field, offset in structure.offsets():
+            lines.append(
+                f"_Static_assert(__builtin_offsetof(struct {structure.name}, {field.name}) == {offset}, "
+                f'"{structure.name}.{field.name}");'
+            )
+    lines += ["", "#endif"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(render_shared_header(), end="")
