@@ -1,0 +1,61 @@
+# Every target sets up what it needs and does nothing twice. `make` alone lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+CLANG ?= clang
+# Where linux-libc-dev puts asm/; expanded only when something is compiled.
+MULTIARCH = $(shell $(CLANG) -print-multiarch)
+BPF_FLAGS := -target bpf -mcpu=v2 -O2 -g -Wall -Werror
+BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
+BPF_OBJECTS := build/enforcer.bpf.o build/enforcer-legacy.bpf.o
+
+.PHONY: help setup setup-run bpf run test demo bench lint wheel fresh clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what is missing: OS packages (as root), .venv/, the BPF objects
+	@tools/setup.sh all
+	@$(MAKE) bpf
+
+setup-run:
+	@tools/setup.sh run
+	@$(MAKE) bpf
+
+run: setup-run ## enforce on this host until Ctrl-C, then take it out again; POLICY=file for another policy than the default
+	@tools/run.sh $(if $(POLICY),--policy "$(POLICY)")
+
+test: setup ## run every test and linter; PYTEST_ARGS="-k name" for some (root, or what needs it skips)
+	@.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+demo: setup ## allowed and refused pulls with docker and podman, in namespaces of their own
+	@.venv/bin/python -m tests.lab.demo
+
+bench: setup ## first connections to fresh names, beside a run without enforcement
+	@.venv/bin/python -m tests.lab.bench
+
+lint: setup ## only the linters
+	@.venv/bin/python -m pytest -q tests/test_style.py tests/test_layers.py
+
+bpf: $(BPF_OBJECTS) ## compile the BPF objects, if a source changed
+
+build/%.bpf.o: $(BPF_SOURCES)
+	@echo "bpf: compiling $@"
+	@mkdir -p build
+	@$(CLANG) $(BPF_FLAGS) -I/usr/include/$(MULTIARCH) -c bpf/enforcer.bpf.c -o $@
+
+build/enforcer-legacy.bpf.o: BPF_FLAGS += -DLEGACY_EVENTS
+
+wheel: setup ## a wheel with the BPF objects in it, in dist/
+	@mkdir -p enforcer/objects
+	@cp $(BPF_OBJECTS) enforcer/objects/
+	@.venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+fresh: ## prove that set-up works on a bare Debian: make setup in a new system under build/ (root, network, minutes)
+	@tools/fresh.sh
+
+clean: ## remove build products; .venv/ stays
+	@rm -rf build dist enforcer/objects *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

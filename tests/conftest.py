@@ -1,0 +1,62 @@
+"""What holds for every test: a known environment, root tests only as root, and skips that CI does not accept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from typing import TypeVar
+
+import pytest
+
+_Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
+
+# Where the machine's own settings would send the lab's clients elsewhere than a test says.
+_REDIRECTING = (
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "CURL_CA_BUNDLE",
+    "REQUESTS_CA_BUNDLE",
+    "DOCKER_HOST",
+    "DOCKER_CONTEXT",
+    "CONTAINER_HOST",
+    "REGISTRY_AUTH_FILE",
+)
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+# CI runs where everything can run. What cannot, on any machine of ours, is named here with the reason it gives.
+_ACCEPTED_SKIPS: tuple[str, ...] = ()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in (*_REDIRECTING, *_PROXIES, *(proxy.upper() for proxy in _PROXIES)):
+        os.environ.pop(name, None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() == 0:
+        return
+    for item in items:
+        if item.get_closest_marker("root") or item.get_closest_marker("lab"):
+            item.add_marker(pytest.mark.skip(reason="needs root"))
+
+
+def _refuse_skip(report: _Report) -> _Report:
+    """In CI (CI_NO_SKIP=1) a skip is a failure, unless its reason is an accepted one."""
+    if os.environ.get("CI_NO_SKIP") != "1" or not report.skipped or hasattr(report, "wasxfail"):
+        return report
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = reason.removeprefix("Skipped: ")
+    if reason not in _ACCEPTED_SKIPS:
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and CI accepts no skip for this reason: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return _refuse_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _refuse_skip((yield))

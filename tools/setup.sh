@@ -1,0 +1,201 @@
+#!/usr/bin/env bash
+# Set this checkout up: missing OS packages, .venv/ with the registry-enforcer command in it. Does nothing twice.
+#
+#   tools/setup.sh run    what enforcing on this host needs
+#   tools/setup.sh all    what the tests, the lab and the demo need besides
+#
+# Packages are only added: none is upgraded or removed, and no service is started or restarted by their installation.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# A package, or package=command where another package's command serves as well (docker.io or the vendor's docker).
+run_packages=(
+    ca-certificates
+    clang
+    iproute2
+    libbpf-dev
+    libbpf1
+    linux-libc-dev
+    nftables
+    python3
+    python3-bpfcc
+    python3-nftables
+    python3-venv
+)
+test_packages=(
+    "${run_packages[@]}"
+    busybox-static=busybox
+    clang-format
+    conntrack
+    curl=curl
+    dnsmasq-base=dnsmasq
+    docker-registry
+    docker.io=dockerd
+    knot=knotd
+    openssl=openssl
+    podman=podman
+    prometheus=promtool
+    shellcheck=shellcheck
+    skopeo=skopeo
+    uidmap
+    unbound=unbound
+)
+imports_of_run=(dns enforcer idna prometheus_client pyroute2)
+imports_of_all=("${imports_of_run[@]}" hypothesis mypy pytest pytest_timeout setuptools)
+
+log=build/setup.log
+policy=${POLICY_RC_D:-/usr/sbin/policy-rc.d}
+policy_marker="# Written by registry-enforcer's tools/setup.sh while it installs packages; removed at its end."
+
+say() { printf 'setup: %s\n' "$*"; }
+
+fail() {
+    printf 'setup: %s\n' "$@" >&2
+    exit 1
+}
+
+# What is not installed of the given requirements, as package names.
+missing_packages() {
+    local requirement package command installed
+    # shellcheck disable=SC2016 # the format is dpkg-query's
+    installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' | sed -n 's/^installed //p')
+    for requirement in "$@"; do
+        package=${requirement%%=*}
+        command=${requirement#*=}
+        if [[ $requirement == *=* ]] && PATH=$PATH:/usr/sbin:/sbin command -v "$command" >/dev/null; then
+            continue
+        fi
+        grep -qxF -e "$package" <<<"$installed" || printf '%s\n' "$package"
+    done
+}
+
+# Nothing that dpkg unpacks may start a service. A policy-rc.d that is not ours stays as it is and decides itself.
+forbid_service_starts() {
+    if [[ -e $policy || -L $policy ]]; then
+        grep -qsxF -e "$policy_marker" "$policy" || {
+            say "$policy exists and stays: it decides whether new packages start their services"
+            return
+        }
+    else
+        (set -o noclobber && printf '#!/bin/sh\n%s\nexit 101\n' "$policy_marker" >"$policy")
+    fi
+    trap 'rm -f -- "$policy"' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
+    chmod 755 "$policy"
+}
+
+# apt-get's own words go to the log; what takes long is told.
+apt() {
+    local line unpacked=0
+    DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 LC_ALL=C apt-get -q -o DPkg::Lock::Timeout=300 \
+        -o Dpkg::Use-Pty=0 "$@" </dev/null 2>&1 | while IFS= read -r line; do
+        printf '%s\n' "$line" >>"$log"
+        case $line in
+            "Need to get "*) say "$line" ;;
+            "Unpacking "*) ((++unpacked % 25)) || say "$unpacked packages unpacked" ;;
+        esac
+    done
+}
+
+install_packages() {
+    local attempt
+    ((EUID == 0)) || fail "missing packages: $*" "run make setup as root, or have them installed first"
+    exec 9>/run/registry-enforcer-setup.lock
+    flock -n 9 || {
+        say "another set-up is installing packages: waiting for it"
+        flock 9
+    }
+    say "installing $# packages: $*"
+    say "this can take some minutes; details in $log"
+    forbid_service_starts
+    for attempt in 1 2 3; do
+        apt update && break
+        ((attempt == 3)) || sleep 5 # another apt may hold the lists
+    done
+    apt install -y --no-install-recommends --no-remove "$@" || {
+        tail -n 15 "$log" >&2
+        fail "apt-get could not install: $*" \
+            "no network, or a package source is missing (Ubuntu: universe)? The whole story is in $log"
+    }
+    exec 9>&-
+}
+
+check_os() {
+    local id needed=("${requirements[@]%%=*}")
+    if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
+        id=$(sed -n 's/^PRETTY_NAME="\(.*\)"$/\1/p' /etc/os-release) || true
+        fail "this is ${id:-not Debian}, and only Debian 12 and Ubuntu 24.04 (or later) are set up by this script" \
+            "elsewhere, what these Debian packages contain is needed: ${needed[*]}"
+    fi
+}
+
+check_python() {
+    /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "$(/usr/bin/python3 -V 2>&1) in /usr/bin/python3, and 3.11 or later is needed: Debian 12, Ubuntu 24.04 or later"
+}
+
+# What the environment was made from; a change of any makes it anew. pip's lists of files know the checkout's path.
+venv_key() {
+    {
+        printf '%s\n' "$PWD"
+        /usr/bin/python3 -V
+        sha256sum pyproject.toml tools/setup.sh
+    } | sha256sum
+}
+
+# A stamp alone says nothing about what was deleted since.
+venv_works() {
+    [[ -x .venv/bin/registry-enforcer ]] && .venv/bin/python -I - "$@" <<'PY' 2>/dev/null
+import importlib.util, sys
+sys.exit(not all(importlib.util.find_spec(name) for name in sys.argv[1:]))
+PY
+}
+
+make_venv() {
+    local stamp=.venv/.setup-$mode key project=.
+    key=$(venv_key)
+    if [[ -f $stamp && $(<"$stamp") == "$key" ]] && venv_works "$@"; then
+        return
+    fi
+    [[ $mode == run ]] || project=".[dev]"
+    say "making .venv and installing the Python packages of $project into it"
+    # Not any other Python's: only the system's sees python3-nftables and python3-bpfcc. --clear would take away what a
+    # running daemon executes; only an environment of another Python or that was moved is made from nothing.
+    if [[ ! -x .venv/bin/python ]] || ! .venv/bin/python -m pip --version >/dev/null 2>&1 ||
+        [[ $(.venv/bin/python -V) != "$(/usr/bin/python3 -V)" ]]; then
+        /usr/bin/python3 -m venv --clear --system-site-packages .venv >>"$log" 2>&1 || {
+            tail -n 5 "$log" >&2
+            fail "could not make .venv"
+        }
+    fi
+    .venv/bin/python -m pip install --disable-pip-version-check --editable "$project" >>"$log" 2>&1 </dev/null || {
+        tail -n 15 "$log" >&2
+        fail "pip could not install the Python packages: no network? The whole story is in $log"
+    }
+    venv_works "$@" || fail "pip installed the Python packages and .venv does not work: rm -r .venv, then make setup"
+    printf '%s' "$key" >.venv/.setup-run
+    printf '%s' "$key" >"$stamp"
+}
+
+mode=${1:-all}
+case $mode in
+    run)
+        requirements=("${run_packages[@]}")
+        imports=("${imports_of_run[@]}")
+        ;;
+    all)
+        requirements=("${test_packages[@]}")
+        imports=("${imports_of_all[@]}")
+        ;;
+    *) fail "usage: tools/setup.sh [run|all]" ;;
+esac
+check_os
+[[ ! -x /usr/bin/python3 ]] || check_python
+mkdir -p build
+mapfile -t missing < <(missing_packages "${requirements[@]}")
+if ((${#missing[@]})); then
+    install_packages "${missing[@]}"
+fi
+check_python
+make_venv "${imports[@]}"
