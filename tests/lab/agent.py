@@ -1,0 +1,226 @@
+"""The lab's hands inside a namespace: one JSON request a line on stdin, one JSON reply a line on stdout.
+
+Started once per namespace, so that a connection is measured without the start of a process. Standard library only.
+Names are resolved by the system's resolver library (resolv.conf of the mount namespace), as any program does it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.client import HTTPConnection
+from ipaddress import ip_address
+from typing import Any
+
+Reply = dict[str, Any]
+
+_REFUSED = {errno.ECONNREFUSED, errno.ECONNRESET}
+_A, _AAAA = 1, 28
+
+
+def attempt(address: str, port: int, timeout: float, source_port: int = 0) -> Reply:
+    """One TCP connection. Reply: verdict (reached, refused, timed out, error), seconds, address, message."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    started = time.monotonic()
+    verdict, message = "reached", ""
+    with socket.socket(family, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout)
+        try:
+            if source_port:
+                connection.bind(("", source_port))
+            connection.connect((address, port))
+        except TimeoutError:
+            verdict, message = "timed out", "no answer to the SYN"
+        except OSError as error:
+            verdict = "refused" if error.errno in _REFUSED else "error"
+            message = error.strerror or str(error)
+    return {
+        "verdict": verdict,
+        "seconds": time.monotonic() - started,
+        "address": address,
+        "message": message,
+    }
+
+
+def resolve(name: str, family: int = 0) -> list[str]:
+    """The addresses of a name, in the resolver library's order; OSError if there is none."""
+    families = {0: socket.AF_UNSPEC, 4: socket.AF_INET, 6: socket.AF_INET6}
+    return [str(found[4][0]) for found in socket.getaddrinfo(name, 0, families[family], socket.SOCK_STREAM)]
+
+
+def connect(name: str, port: int, family: int = 0, timeout: float = 5) -> Reply:
+    """Resolve, then connect at once to the first address; `seconds` is the connection alone."""
+    try:
+        addresses = resolve(name, family)
+    except OSError as error:
+        return {"verdict": "error", "seconds": 0.0, "address": "", "message": f"{name}: {error.strerror}"}
+    return attempt(addresses[0], port, timeout)
+
+
+def connect_each(names: list[str], port: int, families: list[int], timeout: float = 5) -> list[Reply]:
+    """`connect` for each name in turn; the families alternate."""
+    return [connect(name, port, families[i % len(families)], timeout) for i, name in enumerate(names)]
+
+
+def http_get(address: str, port: int, path: str) -> Reply:
+    """A plain HTTP resource."""
+    connection = HTTPConnection(address, port, timeout=5)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    reply = {"status": response.status, "body": response.read().decode()}
+    connection.close()
+    return reply
+
+
+# --- DNS by hand -----------------------------------------------------------------------------------------------------
+def _question(name: str, record_type: int) -> bytes:
+    labels = b"".join(bytes([len(label)]) + label.encode("ascii") for label in name.split("."))
+    return labels + struct.pack("!BHH", 0, record_type, 1)
+
+
+def _query(name: str, transaction_id: int) -> bytes:
+    return struct.pack("!HHHHHH", transaction_id, 0x0100, 1, 0, 0, 0) + _question(name, _A)
+
+
+def _answer(name: str, transaction_id: int, address: str) -> bytes:
+    packed = ip_address(address).packed
+    record_type = _A if len(packed) == 4 else _AAAA
+    record = struct.pack("!HHHIH", 0xC00C, record_type, 1, 3600, len(packed)) + packed
+    return struct.pack("!HHHHHH", transaction_id, 0x8180, 1, 1, 0, 0) + _question(name, record_type) + record
+
+
+_asked: dict[int, socket.socket] = {}
+
+
+def ask(server: str, name: str, transaction_id: int, source_port: int) -> Reply:
+    """Send an A query from a port of our choice and do not wait; the socket stays open until `hang_up`."""
+    asking = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    asking.bind(("0.0.0.0", source_port))
+    asking.sendto(_query(name, transaction_id), (server, 53))
+    _asked[source_port] = asking
+    return {}
+
+
+def hang_up(source_port: int) -> Reply:
+    """Close the socket of `ask`; `received` says how many packets it got."""
+    asking = _asked.pop(source_port)
+    asking.setblocking(False)
+    received = 0
+    with asking:
+        while select.select([asking], [], [], 0)[0]:
+            asking.recv(4096)
+            received += 1
+    return {"received": received}
+
+
+def forge(
+    source: str, destination: str, source_port: int, destination_port: int, transaction_id: int, name: str, address: str
+) -> Reply:
+    """Send an answer that nobody asked us for, from an IPv4 address that need not be ours."""
+    payload = _answer(name, transaction_id, address)
+    addresses = socket.inet_aton(source) + socket.inet_aton(destination)
+    udp = struct.pack("!HHHH", source_port, destination_port, 8 + len(payload), 0)  # 0: no checksum (RFC 768)
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(udp) + len(payload), 0, 0, 64, socket.IPPROTO_UDP, 0)
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+        raw.sendto(header + addresses + udp + payload, (destination, 0))
+    return {}
+
+
+def flood(server: str, name: str, rate: int, seconds: float) -> Reply:
+    """Ask for `name` `rate` times a second; `answers` says how many came back."""
+    answers = asked = 0
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        asking.connect((server, 53))
+        asking.setblocking(False)
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        started = time.monotonic()
+        while (elapsed := time.monotonic() - started) < seconds:
+            while asked < min(elapsed, seconds) * rate:
+                asking.send(_query(name, asked & 0xFFFF))
+                asked += 1
+            while select.select([asking], [], [], 0.001)[0]:
+                asking.recv(4096)
+                answers += 1
+    return {"asked": asked, "answers": answers, "seconds": seconds}
+
+
+# --- a prober that never stops ---------------------------------------------------------------------------------------
+class _Prober:
+    """Connects again and again in a thread, so that a gap in enforcement cannot hide between two tests."""
+
+    def __init__(self, address: str, port: int, timeout: float) -> None:
+        self.target = (address, port, timeout)
+        self.stopping = threading.Event()
+        self.verdicts: dict[str, int] = {}
+        self.slowest = 0.0
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self) -> None:
+        while not self.stopping.wait(0.005):
+            reply = attempt(*self.target)
+            self.verdicts[reply["verdict"]] = self.verdicts.get(reply["verdict"], 0) + 1
+            self.slowest = max(self.slowest, reply["seconds"])
+
+    def stop(self) -> Reply:
+        self.stopping.set()
+        self.thread.join()
+        return {"verdicts": self.verdicts, "slowest": self.slowest}
+
+
+_probers: dict[str, _Prober] = {}
+
+
+def probe_start(key: str, address: str, port: int, timeout: float = 2) -> Reply:
+    """Start a prober."""
+    _probers[key] = _Prober(address, port, timeout)
+    return {}
+
+
+def probe_stop(key: str) -> Reply:
+    """Stop it: `verdicts` counts them, `slowest` is in seconds."""
+    return _probers.pop(key).stop()
+
+
+_silent: list[socket.socket] = []
+
+
+def stay_silent(address: str) -> Reply:
+    """Take the DNS port of an address and never answer, so that questions to it stay open."""
+    deaf = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    deaf.bind((address, 53))
+    _silent.append(deaf)
+    return {}
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    operation.__name__: operation
+    for operation in (
+        attempt, ask, connect, connect_each, flood, forge, hang_up, http_get, probe_start, probe_stop, resolve,
+        stay_silent,
+    )
+}  # fmt: skip
+
+
+def main() -> None:
+    """Serve until stdin closes."""
+    os.write(1, b'"ready"\n')
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply = {"value": OPERATIONS[request.pop("operation")](**request)}
+        except OSError as error:
+            reply = {"error": str(error)}
+        os.write(1, json.dumps(reply).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
