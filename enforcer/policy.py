@@ -2,13 +2,57 @@
 
 Parsed once: whoever holds a `Policy` never checks it again. An operator's mistake is a `PolicyError` that names the
 file, the line, what is wrong and what to write instead.
+
+    organization = "Example Corp"           # shown to whoever is refused, as is the contact
+    contact = "platform@example.com"
+    mode = "enforce"                        # or "observe": count and log, refuse nothing
+    ports = [443, 5000]                     # registry ports
+    presets = ["docker-hub", "ghcr"]        # host lists that ship with the program
+    [[preset]]                              # the same for one that has parameters, each a string or a list of them
+    name = "ecr"
+    account = "123456789012"
+    region = ["eu-west-1", "us-east-1"]
+    [scope]                                 # "strict": unlisted destinations on registry ports are refused; or "off"
+    containers = "strict"
+    engines = "strict"
+    host = "off"                            # "strict" unless written otherwise where the host is WSL 2
+    [[registry]]
+    name = "corp"
+    hosts = ["registry.corp.example", "*.blobs.corp.example"]
+    ports = [443, 8443]                     # default [443]
+    addresses = ["10.20.0.0/16"]            # reachable without a DNS answer; hosts or addresses, or both
+    [[destination]]                         # not a registry, yet reachable on registry ports
+    name = "mirror"
+    hosts = ["packages.corp.example"]       # ports: by default the registry ports
+    [resolvers]
+    trusted = ["auto"]                      # "auto": whatever this host uses; or addresses
+
+Everything is optional, and what is not allowed is refused: a policy without rules refuses every registry.
 """
+# No validation library: msgspec and pydantic would check the shapes, a third of this, and word the messages themselves.
 
 from __future__ import annotations
 
+import difflib
 import enum
+import functools
+import hashlib
+import importlib.resources
+import itertools
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from datetime import date
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from pathlib import Path
+from typing import TypeVar
+
+import idna
+
+from enforcer.kernel_abi import MAX_NAMES, MAX_PORTS_PER_NAME, MAX_RESOLVERS
+from enforcer.toml_lines import line_of
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -100,3 +144,634 @@ class Policy:
     resolvers: Resolvers
     source: str  # the file's path, or "built-in default"
     digest: str  # SHA-256 of the text, hex
+
+
+class Reason(enum.Enum):
+    """Why something is permitted or refused: one vocabulary for audit, metrics, explain and the documentation."""
+
+    LISTED_NAME = "listed-name"  # a rule has the name, on this port
+    LISTED_ADDRESS = "listed-address"  # a rule's `addresses` hold it, on this port
+    LEARNED_ADDRESS = "learned-address"  # a trusted resolver gave it for a listed name
+    NOT_JUDGED = "not-judged"  # not a registry port, or every scope is off
+    UNLISTED_NAME = "unlisted-name"
+    UNLISTED_ADDRESS = "unlisted-address"  # no rule lists it, and no trusted answer for a listed name held it
+    UNLISTED_PORT = "unlisted-port"  # a rule has the name or address, on other ports
+    UNLEARNED_ADDRESS = "unlearned-address"  # the name is listed; this address for it came from elsewhere, or too late
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the policy says to one destination."""
+
+    allowed: bool
+    rule: str | None  # the name of the rule that decides; None: no rule knows the destination
+    reason: Reason
+
+
+class PolicyError(Exception):
+    """A policy that cannot be used; str() is `FILE:LINE: what is wrong; what to write instead`."""
+
+    def __init__(self, source: str, line: int, problem: str, advice: str) -> None:
+        super().__init__(f"{source}:{line}: {problem}; {advice}")
+        self.source = source
+        self.line = line  # 1-based
+        self.problem = problem
+        self.advice = advice
+
+
+# --- parsing ---------------------------------------------------------------------------------------------------------
+MAX_POLICY_BYTES = 32 << 20  # MAX_NAMES of the longest names
+MAX_TEXT_CHARACTERS = 200  # of organization and contact: they go into every refusal
+REGISTRY_PORTS: tuple[int, ...] = (443, 5000)
+RULE_PORTS: tuple[int, ...] = (443,)
+
+_DEFAULT = 'presets = ["docker-hub"]\n'
+_TOP_KEYS = ("organization", "contact", "mode", "ports", "presets", "preset", "scope", "registry", "destination",
+             "resolvers")  # fmt: skip
+_LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+# Underscores are no host name's (RFC 952), but occur in DNS names that engines do ask for.
+_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_RULE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+# tomllib joins the parts of a dotted key in quadratic time: a megabyte of "a.a.a." would take hours.
+_ENDLESS_KEY = re.compile(r"^[ \t\[]*(?:[A-Za-z0-9_-]+[ \t]*\.[ \t]*){32}", re.MULTILINE)
+_PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
+
+Table = dict[str, object]
+T = TypeVar("T")
+E = TypeVar("E", bound=enum.Enum)
+
+
+def parse(text: str | bytes, source: str, *, wsl: bool = False) -> Policy:
+    """The policy that `text` holds; `source` names it in errors, `wsl` decides the default of scope.host.
+
+    Raises PolicyError, and nothing else whatever the text is.
+    """
+    wire = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8-sig")  # Windows editors put a byte order mark first
+        except UnicodeDecodeError as error:
+            line = wire.count(b"\n", 0, error.start) + 1
+            raise PolicyError(source, line, "this is not UTF-8 text", "save the file as UTF-8") from None
+    # tomllib does the same, but may not know it when it counts lines.
+    text = text.replace("\r\n", "\n")
+    document = _toml(text, source)
+    try:
+        return _policy(document, source, hashlib.sha256(wire).hexdigest(), wsl)
+    except _UnplacedError as error:
+        raise PolicyError(source, line_of(text, error.path), error.problem, error.advice) from None
+
+
+def default_policy(*, wsl: bool = False) -> Policy:
+    """What is enforced without a policy file: Docker Hub alone."""
+    return parse(_DEFAULT, "built-in default", wsl=wsl)
+
+
+def read_policy(path: Path, *, wsl: bool = False) -> Policy:
+    """Parse a policy file; the one function of the core that opens a file the caller names, so that every program
+    words an unreadable file alike. PolicyError as `parse`."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_POLICY_BYTES + 1)
+    except OSError as error:
+        raise PolicyError(
+            str(path), 1, f"cannot be read: {error.strerror or error}", "name a TOML file that this user may read"
+        ) from None
+    if len(text) > MAX_POLICY_BYTES:
+        raise PolicyError(
+            str(path), 1, f"longer than {MAX_POLICY_BYTES >> 20} MiB", f"list at most {MAX_NAMES} names, once each"
+        )
+    return parse(text, str(path), wsl=wsl)
+
+
+def host_pattern(text: str) -> HostPattern:
+    """One entry of `hosts`: a name in any case, Unicode or A-labels, or "*." and a name.
+
+    ValueError "what is wrong; what to write instead". UTS 46 (non-transitional) for Unicode, RFC 1035 for lengths.
+    """
+    wildcard = text.startswith("*.")
+    name = text[2:] if wildcard else text
+    if not name.isascii() and len(name) <= 1024:
+        try:
+            name = idna.encode(name, uts46=True).decode("ascii")
+        except UnicodeError as error:
+            raise _UnplacedError(
+                f"{_shown(text)} is not a host name ({error})", "write the name as DNS has it"
+            ) from None
+    name = name.lower().removesuffix(".")
+    if not _NAME.fullmatch(name) or len(name) > 253 or name.rpartition(".")[2].isdigit():
+        raise _host_mistake(text, name, "*." if wildcard else "")
+    return HostPattern(name, wildcard)
+
+
+class _UnplacedError(ValueError):
+    """A PolicyError whose place is not known yet: `path` grows outwards while it rises."""
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(f"{problem}; {advice}")
+        self.problem = problem
+        self.advice = advice
+        self.path: tuple[str | int, ...] = ()
+
+    def inside(self, *place: str | int) -> _UnplacedError:
+        """The same, seen from outside `place`."""
+        self.path = place + self.path
+        return self
+
+
+def _shown(value: object) -> str:
+    """A value as messages quote it: short, printable, strings in double quotes."""
+    if isinstance(value, str):
+        text = f'"{repr(value)[1:-1]}"'
+    else:
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:60]} ... {text[-10:]}"
+
+
+def _toml(text: str, source: str) -> Table:
+    endless = _ENDLESS_KEY.search(text)
+    if endless:
+        raise PolicyError(source, text.count("\n", 0, endless.start()) + 1, "not a policy", "write key = value")
+    try:
+        document = tomllib.loads(text)
+    except RecursionError:
+        raise PolicyError(source, 1, "lists nested without end", "write lists of strings or numbers") from None
+    except ValueError as error:  # TOMLDecodeError, and a plain one for a number of thousands of digits
+        place = _PLACE.search(str(error))
+        line = int(place[1]) if place and place[1] else text.rstrip("\n").count("\n") + 1
+        problem = str(error)[: place.start()] if place else "not a number that fits"
+        if "overwrite" in problem or "twice" in problem:
+            advice = "write each key and each [table] once"
+        else:
+            advice = 'write key = value, with strings in "double quotes" and lists in [brackets]'
+        raise PolicyError(source, line, f"not TOML: {problem}", advice) from None
+    if not document:
+        raise PolicyError(
+            source, 1, "the policy is empty", f"write at least {_DEFAULT.strip()}, or remove the file to get just that"
+        )
+    return document
+
+
+def _policy(document: Table, source: str, digest: str, wsl: bool) -> Policy:
+    table = _table(document, *_TOP_KEYS)
+    ports = _read(table, "ports", _ports, REGISTRY_PORTS)
+    scope = functools.partial(_scope, host_default=Level.STRICT if wsl else Level.OFF)
+    return Policy(
+        organization=_read(table, "organization", _sentence, "your organization"),
+        contact=_read(table, "contact", _sentence, "your administrator"),
+        mode=_read(table, "mode", _choice(Mode), Mode.ENFORCE),
+        ports=ports,
+        scope=_read(table, "scope", scope, scope({})),
+        rules=_rules(table, ports),
+        resolvers=_read(table, "resolvers", _resolvers, _resolvers({})),
+        source=source,
+        digest=digest,
+    )
+
+
+def _table(value: object, *keys: str) -> Table:
+    """A table without any other key; closed, because a misspelt key would silently mean its default."""
+    if not isinstance(value, dict):
+        raise _UnplacedError(f"{_shown(value)} is not a table", f"write a table with {_either(keys)}")
+    for key in value:
+        if key not in keys:
+            raise _UnplacedError(f"unknown key {_shown(key)}", f"write {_nearest(key, keys)}").inside(key)
+    return value
+
+
+def _read(table: Table, key: str, reader: Callable[[object], T], default: T) -> T:
+    """What `reader` makes of a key's value, or `default` without the key."""
+    if key not in table:
+        return default
+    try:
+        return reader(table[key])
+    except _UnplacedError as error:
+        error.inside(key)
+        raise
+
+
+def _require(table: Table, key: str, reader: Callable[[object], T], example: str) -> T:
+    if key not in table:
+        raise _UnplacedError(f"{key} is missing", f"add {key} = {example}")
+    try:
+        return reader(table[key])
+    except _UnplacedError as error:
+        error.inside(key)
+        raise
+
+
+def _items(value: object, reader: Callable[[object], T], example: str) -> list[T]:
+    """What `reader` makes of each item of a list."""
+    if not isinstance(value, list):
+        raise _UnplacedError(f"{_shown(value)} is not a list", f"write {example}")
+    items: list[T] = []
+    try:
+        for item in value:
+            items.append(reader(item))  # noqa: PERF401 - its length is the place of a mistake
+    except _UnplacedError as error:
+        error.inside(len(items))
+        raise
+    return items
+
+
+def _list(table: Table, key: str, reader: Callable[[object], T], example: str) -> list[T]:
+    """The items of a list that need not be there."""
+    return _read(table, key, lambda value: _items(value, reader, example), [])
+
+
+def _string(value: object) -> str:
+    if not isinstance(value, str):
+        raise _UnplacedError(f"{_shown(value)} is not a string", 'write it in "double quotes"')
+    return value
+
+
+def _sentence(value: object) -> str:
+    text = _string(value)
+    # Printable: it goes into terminals, HTTP headers and log lines of others.
+    if not text.strip() or not text.isprintable() or len(text) > MAX_TEXT_CHARACTERS:
+        raise _UnplacedError(
+            f"{_shown(text)} cannot be shown to users",
+            f"write 1 to {MAX_TEXT_CHARACTERS} characters in one line, without control characters",
+        )
+    return text.strip()
+
+
+def _choice(choices: type[E]) -> Callable[[object], E]:
+    values = {member.value: member for member in choices}
+
+    def reader(value: object) -> E:
+        if not isinstance(value, str) or value not in values:
+            raise _UnplacedError(
+                f"{_shown(value)} is not known here", f"write {_either(_shown(known) for known in values)}"
+            )
+        return values[value]
+
+    return reader
+
+
+def _ports(value: object) -> tuple[int, ...]:
+    ports = tuple(sorted(set(_items(value, _port, "ports = [443]"))))
+    if not 1 <= len(ports) <= MAX_PORTS_PER_NAME:
+        raise _UnplacedError(f"{len(ports)} ports", f"write 1 to {MAX_PORTS_PER_NAME} ports, such as [443]")
+    return ports
+
+
+def _port(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65535:
+        raise _UnplacedError(f"{_shown(value)} is not a port", "write a number from 1 to 65535 without quotes")
+    return value
+
+
+def _host(value: object) -> HostPattern:
+    return host_pattern(_string(value))
+
+
+def _network(value: object) -> Network:
+    text = _string(value)
+    try:
+        network = ip_network(text, strict=False)
+    except ValueError:
+        raise _UnplacedError(
+            f"{_shown(text)} is not an address or a network", 'write "10.20.0.0/16", "10.20.1.2" or "2001:db8::/32"'
+        ) from None
+    if network.prefixlen == 0:
+        raise _UnplacedError(
+            f"{_shown(text)} permits every address",
+            'name the networks that you need, or set mode = "observe" to refuse nothing',
+        )
+    if "/" in text and ip_address(text.partition("/")[0]) != network.network_address:
+        raise _UnplacedError(
+            f"{_shown(text)} has bits set behind its prefix",
+            f'write "{network}" for the network or "{text.partition("/")[0]}" for the address',
+        )
+    if isinstance(network, IPv6Network) and (network.network_address.ipv4_mapped or "%" in text):
+        raise _UnplacedError(f"{_shown(text)} never occurs in a packet", "write the plain IPv4 or IPv6 form")
+    return network
+
+
+def _scope(value: object, host_default: Level) -> Scope:
+    table = _table(value, "containers", "engines", "host")
+    return Scope(
+        containers=_read(table, "containers", _choice(Level), Level.STRICT),
+        engines=_read(table, "engines", _choice(Level), Level.STRICT),
+        host=_read(table, "host", _choice(Level), host_default),
+    )
+
+
+def _resolvers(value: object) -> Resolvers:
+    return _read(_table(value, "trusted"), "trusted", _trusted, Resolvers(auto=True, addresses=()))
+
+
+def _trusted(value: object) -> Resolvers:
+    trusted = list(dict.fromkeys(_items(value, _resolver, 'trusted = ["auto"]')))
+    addresses = tuple(address for address in trusted if address is not None)
+    if not 1 <= len(trusted) <= MAX_RESOLVERS:
+        raise _UnplacedError(
+            f"{len(trusted)} resolvers", f'write 1 to {MAX_RESOLVERS}, or ["auto"] for what this host uses'
+        )
+    return Resolvers(auto=None in trusted, addresses=addresses)
+
+
+def _resolver(value: object) -> Address | None:
+    """None: "auto"."""
+    text = _string(value)
+    if text == "auto":
+        return None
+    try:
+        address = ip_address(text)
+    except ValueError:
+        raise _UnplacedError(
+            f"{_shown(text)} is not a resolver", 'write "auto", or an address such as "10.0.0.53"'
+        ) from None
+    if address.is_multicast or address.is_unspecified:
+        raise _UnplacedError(f"{_shown(text)} is no host's address", 'write "auto", or an address such as "10.0.0.53"')
+    return address
+
+
+def _rules(table: Table, registry_ports: tuple[int, ...]) -> tuple[Rule, ...]:
+    placed: list[tuple[Rule, tuple[str | int, ...]]] = list(_preset_rules(table))
+    for key, kind, ports in (
+        ("registry", RuleKind.REGISTRY, RULE_PORTS),
+        ("destination", RuleKind.DESTINATION, registry_ports),
+    ):
+        rules = _list(table, key, functools.partial(_rule, kind=kind, default_ports=ports), f"[[{key}]]")
+        placed += [(rule, (key, position, "name")) for position, rule in enumerate(rules)]
+    names: set[str] = set()
+    patterns: set[HostPattern] = set()
+    for rule, place in placed:
+        if rule.name in names:
+            raise _UnplacedError(
+                f"a second rule is called {_shown(rule.name)}", "give each its own name, or write them as one"
+            ).inside(*place)
+        names.add(rule.name)
+        patterns.update(rule.hosts)
+        if len(patterns) > MAX_NAMES:
+            too_many = _UnplacedError(f"more than {MAX_NAMES} host names", 'write wildcards, such as "*.corp.example"')
+            raise too_many.inside(*place)
+    return tuple(rule for rule, _ in placed)
+
+
+def _rule(value: object, kind: RuleKind, default_ports: tuple[int, ...]) -> Rule:
+    table = _table(value, "name", "hosts", "ports", "addresses")
+    rule = Rule(
+        name=_require(table, "name", _rule_name, '"corp"'),
+        kind=kind,
+        hosts=tuple(dict.fromkeys(_list(table, "hosts", _host, 'hosts = ["registry.example.com"]'))),
+        ports=_read(table, "ports", _ports, default_ports),
+        addresses=tuple(dict.fromkeys(_list(table, "addresses", _network, 'addresses = ["10.20.0.0/16"]'))),
+    )
+    if not rule.hosts and not rule.addresses:
+        raise _UnplacedError(f"{_shown(rule.name)} permits nothing", 'add hosts = ["registry.example.com"]')
+    return rule
+
+
+def _rule_name(value: object) -> str:
+    name = _string(value)
+    if not _RULE_NAME.fullmatch(name):
+        raise _UnplacedError(
+            f"{_shown(name)} is not a rule's name", "write up to 63 letters, digits, dots, hyphens and underscores"
+        )
+    return name
+
+
+def _host_mistake(text: str, name: str, star: str) -> _UnplacedError:
+    """Why `text` is no host name; `name` is its normalized form without the wildcard `star`."""
+    shown = _shown(text)
+    if "*" in name or (star and not name):
+        return _UnplacedError(
+            f"{shown} is not a wildcard", 'write "*.example.com" for every name below example.com, or each name in full'
+        )
+    bare = re.sub(r"^[a-z][a-z0-9+.-]*://(?:[^/@]*@)?", "", name)
+    for address in (bare, bare.partition("/")[0], bare.rpartition(":")[0]):
+        try:
+            network = ip_network(address.strip("[]"), strict=False)
+        except ValueError:
+            continue
+        written = str(network) if "/" in address else str(network.network_address)
+        return _UnplacedError(f"{shown} is an address, not a host name", f'write addresses = ["{written}"]')
+    host, _, port = bare.partition("/")[0].partition(":")
+    if _NAME.fullmatch(host) and host != name:
+        kind = "a URL" if "://" in name else "a host with a path" if "/" in name else "a host with a port"
+        ports = f", and ports = [{port}]" if port.isdecimal() else ""
+        return _UnplacedError(f"{shown} is {kind}", f'write only the host: "{star}{host}"{ports}')
+    if _NAME.fullmatch(name.removeprefix(".")) and name.startswith("."):
+        return _UnplacedError(f"{shown} begins with a dot", f'write "*{name}" for every name below it')
+    if len(name) > 253 or any(len(label) > 63 for label in name.split(".")):
+        return _UnplacedError(f"{shown} is too long", "write at most 63 characters between dots and 253 in all")
+    return _UnplacedError(f"{shown} is not a host name", 'write it as DNS has it: "registry.example.com"')
+
+
+def _nearest(wrong: str, known: Iterable[str]) -> str:
+    """The one `known` word that `wrong` may be meant for, or all of them."""
+    known = list(known)
+    return (difflib.get_close_matches(wrong[:64], known, 1) or [_either(known)])[0]
+
+
+def _either(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+class Note(enum.Enum):
+    """What a reader should know before trusting a preset's host."""
+
+    LEGACY = "legacy"  # the registry no longer documents it, yet may redirect there
+    UNVERIFIED = "unverified"  # no document of the registry names it
+    SHARED = "shared"  # serves other people's content too: permitting it permits more than this registry
+
+
+@dataclass(frozen=True, slots=True)
+class PresetHost:
+    """One host of a preset and where that is known from."""
+
+    name: str  # an entry of `hosts`, possibly with {parameter} in it
+    source: str  # URL
+    date: date  # when the source said so, or was last read
+    note: Note | None  # None: nothing to know
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A part of a preset's names that the operator fills in."""
+
+    name: str
+    meaning: str
+    pattern: str  # regular expression for the whole value
+    example: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A host list that ships with the program: enforcer/presets/NAME.toml."""
+
+    name: str
+    description: str
+    parameters: tuple[Parameter, ...]
+    hosts: tuple[PresetHost, ...]
+
+    def patterns(self, values: Mapping[str, tuple[str, ...]]) -> tuple[HostPattern, ...]:
+        """The hosts with each combination of the parameters' values, which are valid."""
+        combinations = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+        names = (host.name.format_map(combination) for host in self.hosts for combination in combinations)
+        return tuple(host_pattern(name) for name in dict.fromkeys(names))
+
+
+@functools.cache
+def preset_names() -> tuple[str, ...]:
+    """The presets that ship with the program, sorted."""
+    files = importlib.resources.files("enforcer") / "presets"
+    return tuple(sorted(file.name.removesuffix(".toml") for file in files.iterdir() if file.name.endswith(".toml")))
+
+
+@functools.cache
+def load_preset(name: str) -> Preset:
+    """One of preset_names(). The files are the program's own: a fault in one is not caught here but by a test."""
+    text = (importlib.resources.files("enforcer") / "presets" / f"{name}.toml").read_text("utf-8")
+    document = tomllib.loads(text)
+    return Preset(
+        name=name,
+        description=document["description"],
+        parameters=tuple(Parameter(name, **fields) for name, fields in document.get("parameters", {}).items()),
+        hosts=tuple(
+            PresetHost(host, group["source"], group["date"], Note(group["note"]) if "note" in group else None)
+            for group in document["hosts"]
+            for host in group["names"]
+        ),
+    )
+
+
+def _preset_rules(table: Table) -> Iterator[tuple[Rule, tuple[str | int, ...]]]:
+    """A rule for each entry of `presets` and each [[preset]], with its place."""
+    plain = _list(table, "presets", _plain_preset, 'presets = ["ghcr"]')
+    chosen = _list(table, "preset", _chosen_preset, "[[preset]]")
+    times = Counter(preset.name for preset, _ in chosen)
+    for position, preset in enumerate(plain):
+        yield Rule(preset.name, RuleKind.PRESET, preset.patterns({}), RULE_PORTS), ("presets", position)
+    for position, (preset, values) in enumerate(chosen):
+        # Several of one kind, as two AWS accounts, are told apart by their first parameter: ecr-123456789012.
+        first = next(iter(values.values()), ())
+        name = "-".join((preset.name, *first)) if times[preset.name] > 1 else preset.name
+        yield Rule(name, RuleKind.PRESET, preset.patterns(values), RULE_PORTS), ("preset", position, "name")
+
+
+def _preset(value: object) -> Preset:
+    name = _string(value)
+    if name not in preset_names():
+        raise _UnplacedError(
+            f"unknown preset {_shown(name)}", f"write {_nearest(_shown(name), map(_shown, preset_names()))}"
+        )
+    return load_preset(name)
+
+
+def _plain_preset(value: object) -> Preset:
+    preset = _preset(value)
+    if preset.parameters:
+        needs = " ".join(f'{parameter.name} = "{parameter.example}"' for parameter in preset.parameters)
+        raise _UnplacedError(
+            f"preset {_shown(preset.name)} needs {' and '.join(parameter.name for parameter in preset.parameters)}",
+            f'write [[preset]] with the lines name = "{preset.name}" {needs}',
+        )
+    return preset
+
+
+def _chosen_preset(value: object) -> tuple[Preset, dict[str, tuple[str, ...]]]:
+    if not isinstance(value, dict):
+        raise _UnplacedError(f"{_shown(value)} is not a table", 'write [[preset]] and below it name = "ecr"')
+    preset = _require(value, "name", _preset, '"ecr"')
+    table = _table(value, "name", *(parameter.name for parameter in preset.parameters))
+    return preset, {
+        parameter.name: _require(table, parameter.name, functools.partial(_values, parameter), f'"{parameter.example}"')
+        for parameter in preset.parameters
+    }
+
+
+def _values(parameter: Parameter, value: object) -> tuple[str, ...]:
+    """The values of a preset's parameter: one string, or a list of them."""
+
+    def reader(item: object) -> str:
+        text = _string(item)
+        if not re.fullmatch(parameter.pattern, text):
+            raise _UnplacedError(
+                f"{_shown(text)} is not {parameter.meaning}", f'write {parameter.name} = "{parameter.example}"'
+            )
+        return text
+
+    if isinstance(value, str):
+        return (reader(value),)
+    values = tuple(dict.fromkeys(_items(value, reader, f'{parameter.name} = "{parameter.example}"')))
+    if not values:
+        raise _UnplacedError(f"{parameter.name} is empty", f'write {parameter.name} = "{parameter.example}"')
+    return values
+
+
+# --- matching --------------------------------------------------------------------------------------------------------
+class NameIndex:
+    """A policy's rules by name: built once, then a look-up costs one dictionary access a label."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._exact: dict[str, tuple[Rule, ...]] = {}
+        self._below: dict[str, tuple[Rule, ...]] = {}
+        for rule in policy.rules:
+            alone = (rule,)  # shared: most names have one rule
+            for host in rule.hosts:
+                side = self._below if host.wildcard else self._exact
+                side[host.name] = side[host.name] + alone if host.name in side else alone
+
+    def covering(self, name: str, *, wildcard: bool = False) -> Iterator[tuple[Rule, HostPattern]]:
+        """Each rule and pattern of it that cover `name` (any case, with or without trailing dot) or, for a
+        wildcard, every name below `name`; the most specific pattern first, rules of one pattern in policy order."""
+        name = name.lower().removesuffix(".")
+        side = self._below if wildcard else self._exact
+        for rule in side.get(name, ()):
+            yield rule, HostPattern(name, wildcard)
+        dot = name.find(".", 1)  # a name below "" is below nothing
+        while dot != -1:
+            parent = name[dot + 1 :]
+            for rule in self._below.get(parent, ()):
+                yield rule, HostPattern(parent, wildcard=True)
+            dot = name.find(".", dot + 1)
+
+    def match(self, name: str) -> tuple[Rule, ...]:
+        """The rules that cover `name`, each once, in the order of `covering`."""
+        # By name: hashing a rule would hash all of its hosts.
+        return tuple({rule.name: rule for rule, _ in self.covering(name)}.values())
+
+    def judge(self, name: str, port: int) -> Verdict:
+        """What the policy says to a registry port of `name`, whatever its addresses are."""
+        rules = self.match(name)
+        for rule in rules:
+            if port in rule.ports:
+                return Verdict(True, rule.name, Reason.LISTED_NAME)
+        if rules:
+            return Verdict(False, rules[0].name, Reason.UNLISTED_PORT)
+        return Verdict(False, None, Reason.UNLISTED_NAME)
+
+
+@dataclass(frozen=True, slots=True)
+class NamePermission:
+    """What the kernel's trie holds for one pattern. The trie finds only the longest pattern that covers a name, so
+    this one speaks for every wider pattern too."""
+
+    pattern: HostPattern
+    ports: tuple[int, ...]  # of all rules that cover the pattern; ascending, the MAX_PORTS_PER_NAME lowest
+    private_addresses: bool  # only if every one of those rules allows them: the kernel permits no more than Python
+    rules: tuple[str, ...]  # their names, the most specific pattern's first
+
+
+def name_permissions(policy: Policy) -> Iterator[NamePermission]:
+    """One permission for each distinct pattern of the policy."""
+    index = NameIndex(policy)
+    for pattern in dict.fromkeys(host for rule in policy.rules for host in rule.hosts):
+        rules = {rule.name: rule for rule, _ in index.covering(pattern.name, wildcard=pattern.wildcard)}
+        yield NamePermission(
+            pattern=pattern,
+            ports=tuple(sorted({port for rule in rules.values() for port in rule.ports})[:MAX_PORTS_PER_NAME]),
+            private_addresses=all(rule.private_addresses for rule in rules.values()),
+            rules=tuple(rules),
+        )
+
+
+def pattern_id(pattern: HostPattern) -> int:
+    """64 bits that name the pattern to the kernel, the same in every run."""
+    return int.from_bytes(hashlib.blake2b(str(pattern).encode("ascii"), digest_size=8).digest(), "big")
