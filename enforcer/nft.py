@@ -10,7 +10,6 @@ One writer at a time. Everything acts on the network namespace in which `Nft` wa
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 import socket
 import struct
@@ -76,8 +75,10 @@ class Nft:
     """nf_tables of one network namespace."""
 
     def __enter__(self) -> Self:
+        import nftables
+
         # Both open their socket here: later moves to another namespace do not matter.
-        self._library: Any = importlib.import_module("nftables").Nftables()
+        self._library: Any = nftables.Nftables()
         self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
         self._netlink.settimeout(_DUMP_TIMEOUT_SECONDS)
         self._sequence = 0

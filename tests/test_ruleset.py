@@ -1,0 +1,182 @@
+"""The ruleset as text. tests/test_nft.py loads the same goldens into the kernel and sends packets through them."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from enforcer.kernel_abi import Protocol
+from enforcer.policy import HostPattern, Level, Mode, Policy, Resolvers, Rule, RuleKind, Scope
+from enforcer.ruleset import (
+    LEARNED_SETS,
+    Capabilities,
+    CountedScope,
+    Element,
+    Feature,
+    counter_name,
+    render_elements,
+    render_internal,
+    render_removal,
+    render_ruleset,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+FULL = Capabilities(frozenset(Feature))
+HOSTILE_NAME = '"; flush ruleset\n}\ntable inet other { } #' + "é" * 200
+
+
+def rule(name: str, *networks: str, kind: RuleKind = RuleKind.REGISTRY, ports: tuple[int, ...] = (443,)) -> Rule:
+    return Rule(name, kind, (HostPattern("a.example", False),), ports, tuple(map(ip_network, networks)))
+
+
+DEFAULT = Policy(
+    organization="",
+    contact="",
+    mode=Mode.ENFORCE,
+    ports=(443, 5000),
+    scope=Scope(containers=Level.STRICT, engines=Level.STRICT, host=Level.OFF),
+    rules=(rule("docker-hub", kind=RuleKind.PRESET),),
+    resolvers=Resolvers(auto=True, addresses=()),
+    source="built-in default",
+    digest="0" * 64,
+)
+POLICIES = {
+    "default": DEFAULT,
+    "observe": replace(DEFAULT, mode=Mode.OBSERVE),
+    "strict-host": replace(DEFAULT, scope=Scope(Level.STRICT, Level.STRICT, Level.STRICT)),
+    "everything-off": replace(DEFAULT, scope=Scope(Level.OFF, Level.OFF, Level.OFF)),
+    "addresses": replace(
+        DEFAULT,
+        ports=(443,),
+        rules=(
+            rule("corp", "10.20.0.0/16", "10.20.30.0/24", "2001:db8:20::/48", ports=(443, 8443)),
+            rule("everywhere", "0.0.0.0/0", "::/0", ports=(5000,)),
+            rule("mirror", "192.0.2.7", kind=RuleKind.DESTINATION),
+        ),
+    ),
+    "hostile-names": replace(
+        DEFAULT, rules=(rule(HOSTILE_NAME, "10.0.0.0/8"),), source=HOSTILE_NAME, digest=HOSTILE_NAME
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_ruleset_is_the_golden(name: str) -> None:
+    path = GOLDEN / f"{name}.nft"
+    text = render_ruleset(POLICIES[name], FULL, ["docker0", "veth1"])
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_every_golden_has_its_policy() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.nft")} == set(POLICIES)
+
+
+@pytest.mark.parametrize("feature", Feature)
+def test_kernel_without_a_needed_feature_gets_no_ruleset(feature: Feature) -> None:
+    lacking = Capabilities(FULL.features - {feature})
+    with pytest.raises(ValueError, match=f"lacks {feature.name.lower()} \\(CONFIG_"):
+        render_ruleset(DEFAULT, lacking, [])
+
+
+@given(name=st.text(min_size=1))
+def test_rule_name_cannot_leave_its_comment(name: str) -> None:
+    named = replace(DEFAULT, rules=(rule(name, "10.0.0.0/8"),), source=name, digest=name)
+    plain = replace(DEFAULT, rules=(rule("x", "10.0.0.0/8"),), source="x", digest="x")
+    lines, plain_lines = (render_ruleset(policy, FULL, []).splitlines() for policy in (named, plain))
+    assert len(lines) == len(plain_lines)
+    changed = [line.strip() for line, other in zip(lines, plain_lines, strict=True) if line != other]
+    for line in changed:
+        comment = re.fullmatch(r'ip daddr .* accept comment "([^"\\]*)"', line)
+        assert line.startswith("# Policy ") or (comment and len(comment[1].encode()) < 128)
+
+
+def test_counters_of_both_modes_are_always_declared() -> None:
+    text = render_ruleset(POLICIES["everything-off"], FULL, [])
+    for mode in Mode:
+        for scope in CountedScope:
+            for protocol in Protocol:
+                assert f"counter {counter_name(mode, scope, protocol)} {{ }}" in text
+    assert counter_name(Mode.ENFORCE, CountedScope.HOST, Protocol.UDP) == "refused_host_udp"
+    assert counter_name(Mode.OBSERVE, CountedScope.ENGINE, Protocol.TCP) == "observed_engine_tcp"
+
+
+def test_observe_mode_ends_every_judge_with_accept_and_enforce_mode_does_not() -> None:
+    def last_rules(policy: Policy) -> set[str]:
+        judges = re.findall(r"chain judge_(?!local)\w+ \{(.*?)\n\t\}", render_ruleset(policy, FULL, []), re.DOTALL)
+        assert len(judges) == len(CountedScope)
+        return {judge.strip().splitlines()[-1].strip().partition(" ")[0] for judge in judges}
+
+    enforced = POLICIES["strict-host"]
+    assert last_rules(replace(enforced, mode=Mode.OBSERVE)) == {"accept"}
+    assert last_rules(enforced) == {"limit"}
+
+
+def test_lo_is_always_internal_and_names_nft_cannot_quote_are_not() -> None:
+    assert render_internal([]).endswith('internal { "lo" }\n')
+    refused = ['a"b', "eth*", "a\\", "a b", "a\nb", "", "sixteen-letters-", "é"]
+    assert render_internal(["br-1", "veth@x", *refused]).endswith('internal { "br-1", "lo", "veth@x" }\n')
+
+
+def test_removal_succeeds_with_and_without_the_table() -> None:
+    assert render_removal().splitlines() == [
+        "add table inet registry_enforcer",
+        "delete table inet registry_enforcer",
+    ]
+
+
+V4, V6 = IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1")
+
+
+def changes(text: str) -> list[tuple[str, str, list[str]]]:
+    """(verb, set, elements) of each command."""
+    found = re.findall(r"(add|delete) element inet registry_enforcer (\w+) \{\n(.*?)\n\}", text, re.DOTALL)
+    return [(verb, name, [element.strip() for element in body.split(",")]) for verb, name, body in found]
+
+
+def test_no_change_is_no_text() -> None:
+    assert render_elements([], []) == ""
+
+
+def test_permission_is_added_deleted_and_added_again() -> None:
+    assert changes(render_elements([Element(V4, 443, 300), Element(V6, 8443, 60)], [])) == [
+        ("add", "learned4", ["192.0.2.1 . 443 timeout 300s"]),
+        ("delete", "learned4", ["192.0.2.1 . 443"]),
+        ("add", "learned4", ["192.0.2.1 . 443 timeout 300s"]),
+        ("add", "learned6", ["2001:db8::1 . 8443 timeout 60s"]),
+        ("delete", "learned6", ["2001:db8::1 . 8443"]),
+        ("add", "learned6", ["2001:db8::1 . 8443 timeout 60s"]),
+    ]
+
+
+def test_same_element_twice_is_rendered_once_with_the_longer_lifetime() -> None:
+    once = render_elements([Element(V4, 443, 300)], [])
+    assert render_elements([Element(V4, 443, 10), Element(V4, 443, 300), Element(V4, 443, 20)], []) == once
+
+
+def test_withdrawal_comes_after_the_permission_and_once() -> None:
+    assert changes(render_elements([Element(V4, 443, 300)], [(V4, 443), (V4, 443)]))[-2:] == [
+        ("add", "learned4", ["192.0.2.1 . 443 timeout 60s"]),
+        ("delete", "learned4", ["192.0.2.1 . 443"]),
+    ]
+
+
+@pytest.mark.parametrize("seconds", [0, -1])
+def test_lifetime_that_nft_would_read_as_for_ever_is_refused(seconds: int) -> None:
+    with pytest.raises(ValueError, match="lifetime"):
+        Element(V4, 443, seconds)
+
+
+def test_zone_of_an_address_is_not_rendered() -> None:
+    zoned = ip_address("fe80::1%}; flush ruleset")
+    assert changes(render_elements([], [(zoned, 443)]))[-1] == ("delete", LEARNED_SETS[1], ["fe80::1 . 443"])
+    hostile = replace(DEFAULT, rules=(rule("x", "fe80::1%};flush"),))
+    assert "ip6 daddr { fe80::1/128 }" in render_ruleset(hostile, FULL, [])
