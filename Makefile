@@ -54,8 +54,8 @@ wheel: setup ## a wheel with the BPF objects in it, in dist/
 	@.venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
-fresh: ## prove that set-up works on a bare Debian: make setup in a new system under build/ (root, network, minutes)
-	@tools/fresh.sh
+fresh: ## prove that set-up works on a bare Debian: make setup in a new system under build/ (root, network, minutes); SUITE=noble for Ubuntu
+	@tools/fresh.sh $(SUITE)
 
 clean: ## remove build products; .venv/ stays
 	@rm -rf build dist enforcer/objects *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -193,6 +193,7 @@ esac
 check_os
 [[ ! -x /usr/bin/python3 ]] || check_python
 mkdir -p build
+: >>"$log"
 mapfile -t missing < <(missing_packages "${requirements[@]}")
 if ((${#missing[@]})); then
     install_packages "${missing[@]}"

@@ -1,0 +1,327 @@
+"""What set-up, make targets and CI promise: the scripts run with stand-ins for apt, the daemon and make."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DEADLINE_SECONDS = 20
+
+FAKE_DPKG_QUERY = """#!/bin/sh
+sed 's/^/installed /' "$SANDBOX/installed"
+"""
+# Records what it is asked and whether services could start meanwhile; installing fails, so that the script ends there.
+FAKE_APT_GET = """#!/bin/bash
+echo "$*" >>"$SANDBOX/asked"
+[[ -x $POLICY_RC_D ]] && "$POLICY_RC_D"; echo $? >>"$SANDBOX/policy_said"
+case " $* " in *" install "*) [[ ! -e $SANDBOX/hang ]] || sleep 60; exit 100 ;; esac
+"""
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files that git knows or would add."""
+    listing = subprocess.run(
+        ["git", "-c", "safe.directory=*", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return [ROOT / name for name in listing.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def executable(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Sandbox:
+    """A checkout with nothing but the scripts, and stand-ins first in PATH."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.policy = path / "policy-rc.d"
+        shutil.copytree(ROOT / "tools", path / "tools")
+        shutil.copy(ROOT / "pyproject.toml", path)
+        executable(path / "bin/dpkg-query", FAKE_DPKG_QUERY)
+        executable(path / "bin/apt-get", FAKE_APT_GET)
+        executable(path / "bin/sleep", "#!/bin/sh\n")  # between attempts
+        (path / "installed").write_text("")
+        self.environment = {
+            "PATH": f"{path}/bin:{os.environ['PATH']}",
+            "SANDBOX": str(path),
+            "POLICY_RC_D": str(self.policy),
+        }
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command,
+            cwd=self.path,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *command: str) -> tuple[int, str]:
+        """(exit status, all that it said)"""
+        process = self.start(*command)
+        output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+        return process.returncode, output
+
+    def asked_to_install(self) -> list[str]:
+        """Arguments of the one apt-get install."""
+        asked = (self.path / "asked").read_text().splitlines()
+        (install,) = [line.split() for line in asked if " install " in line]
+        return install
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    return Sandbox(tmp_path)
+
+
+# --- tools/setup.sh --------------------------------------------------------------------------------------------------
+@pytest.mark.root
+def test_only_missing_packages_are_installed_and_nothing_is_removed_for_them(sandbox: Sandbox) -> None:
+    (sandbox.path / "installed").write_text("clang\nnftables\n")
+    status, output = sandbox.run("tools/setup.sh", "run")
+    install = sandbox.asked_to_install()
+    assert status == 1
+    assert {"--no-remove", "--no-install-recommends", "libbpf1", "python3-bpfcc"} <= set(install)
+    assert not {"clang", "nftables", "docker.io"} & set(install)
+    assert "could not install" in output
+
+
+@pytest.mark.root
+def test_engine_of_another_vendor_is_not_replaced(sandbox: Sandbox) -> None:
+    sandbox.run("tools/setup.sh", "all")
+    without = shutil.which("dockerd") is None
+    assert ("docker.io" in sandbox.asked_to_install()) == without
+    (sandbox.path / "asked").unlink()
+    executable(sandbox.path / "bin/dockerd", "#!/bin/sh\n")
+    sandbox.run("tools/setup.sh", "all")
+    assert "docker.io" not in sandbox.asked_to_install()
+
+
+@pytest.mark.root
+def test_no_service_may_start_while_packages_are_installed_and_may_again_after_a_failure(sandbox: Sandbox) -> None:
+    sandbox.run("tools/setup.sh", "run")
+    assert set((sandbox.path / "policy_said").read_text().split()) == {"101"}
+    assert not sandbox.policy.exists()
+
+
+@pytest.mark.root
+def test_services_may_start_again_after_set_up_was_interrupted(sandbox: Sandbox) -> None:
+    (sandbox.path / "hang").touch()
+    (sandbox.path / "bin/sleep").unlink()
+    process = sandbox.start("tools/setup.sh", "run")
+    wait_for(lambda: (sandbox.path / "asked").exists() and " install " in (sandbox.path / "asked").read_text())
+    assert sandbox.policy.exists()
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 143
+    assert not sandbox.policy.exists()
+
+
+@pytest.mark.root
+def test_policy_of_the_machine_stays_as_it_is(sandbox: Sandbox) -> None:
+    theirs = "#!/bin/sh\nexit 104\n"
+    executable(sandbox.policy, theirs)
+    _, output = sandbox.run("tools/setup.sh", "run")
+    assert sandbox.policy.read_text() == theirs
+    assert "exists and stays" in output
+
+
+@pytest.mark.root
+def test_without_root_set_up_names_what_is_missing_and_installs_nothing() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        sandbox = Sandbox(Path(directory))
+        sandbox.path.chmod(0o777)  # unlike pytest's own directories, open to the user below
+        status, output = sandbox.run(
+            "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "tools/setup.sh", "run"
+        )
+        assert status == 1
+        assert "as root" in output
+        assert "python3-bpfcc" in output
+        assert not (sandbox.path / "asked").exists()
+
+
+def test_without_apt_set_up_names_what_is_needed(sandbox: Sandbox) -> None:
+    (sandbox.path / "bin/dpkg-query").unlink()
+    for name in ("bash", "dirname", "sed"):
+        (sandbox.path / "bin" / name).symlink_to(str(shutil.which(name)))
+    sandbox.environment["PATH"] = str(sandbox.path / "bin")
+    status, output = sandbox.run("tools/setup.sh", "run")
+    assert status == 1
+    assert "python3-nftables" in output
+
+
+def test_unknown_mode_is_a_usage_error(sandbox: Sandbox) -> None:
+    status, output = sandbox.run("tools/setup.sh", "everything")
+    assert status == 1
+    assert "usage" in output
+
+
+# --- tools/run.sh ----------------------------------------------------------------------------------------------------
+def fake_enforcer(sandbox: Sandbox, run: str) -> None:
+    executable(
+        sandbox.path / ".venv/bin/registry-enforcer",
+        f'#!/bin/bash\necho "$*" >>"$SANDBOX/called"\n[[ $1 == run ]] || exit 0\n{run}\n',
+    )
+
+
+def called(sandbox: Sandbox) -> list[str]:
+    calls = sandbox.path / "called"
+    return calls.read_text().splitlines() if calls.exists() else []
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_enforcement_is_removed_after_the_daemon_stopped_on_request(sandbox: Sandbox, sent: signal.Signals) -> None:
+    fake_enforcer(
+        sandbox, "trap 'echo stopped >>\"$SANDBOX/called\"; exit 0' TERM\nwhile :; do read -rt 0.1 <> <(:); done"
+    )
+    process = sandbox.start("tools/run.sh", "--policy", "a b.toml")
+    wait_for(lambda: called(sandbox) == ["run --policy a b.toml"])
+    process.send_signal(sent)
+    process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0
+    assert called(sandbox)[1:] == ["stopped", "remove"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("daemon_status", [1, 2])
+def test_enforcement_stays_when_the_daemon_ends_by_itself(sandbox: Sandbox, daemon_status: int) -> None:
+    fake_enforcer(sandbox, f"exit {daemon_status}")
+    status, _ = sandbox.run("tools/run.sh")
+    assert status == daemon_status
+    assert called(sandbox) == ["run"]
+
+
+# --- make and CI -----------------------------------------------------------------------------------------------------
+def make_targets() -> list[str]:
+    return re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_make_alone_lists_every_target() -> None:
+    listed = subprocess.run(["make", "-s"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert re.findall(r"^make ([a-z-]+) ", listed, re.MULTILINE) == make_targets()
+    assert {"setup", "run", "test", "demo", "bench", "lint", "bpf", "wheel", "clean"} <= set(make_targets())
+
+
+def test_documented_make_commands_exist() -> None:
+    documented = {
+        (path.name, target)
+        for path in tracked("*.md")
+        for target in re.findall(r"(?:`|^(?:sudo |\$ )*|sudo )make ([a-z][a-z-]*)", path.read_text(), re.MULTILINE)
+    }
+    assert documented
+    assert {(name, target) for name, target in documented if target not in make_targets()} == set()
+
+
+@pytest.mark.parametrize(("make_status", "expected"), [(0, 0), (2, 2)])
+def test_ci_ends_with_the_summary_and_the_status_of_make(tmp_path: Path, make_status: int, expected: int) -> None:
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
+    executable(
+        tmp_path / "bin/make",
+        f'#!/bin/sh\necho "=== no skips: $CI_NO_SKIP ==="\necho "make: *** [test] Error" >&2\nexit {make_status}\n',
+    )
+    finished = subprocess.run(
+        [tmp_path / ".ci/run"],
+        env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == expected
+    assert finished.stdout == "=== no skips: 1 ===\n"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pytest\ndef test_it(): pytest.skip('no kernel')",
+        "import pytest\npytest.skip('no kernel', allow_module_level=True)",
+        "import pytest\n@pytest.mark.skipif(True, reason='no kernel')\ndef test_it(): pass",
+    ],
+    ids=["in the test", "whole module", "by mark"],
+)
+@pytest.mark.parametrize("in_ci", [True, False])
+def test_skip_is_a_failure_in_ci_only(tmp_path: Path, source: str, in_ci: bool) -> None:
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    (tmp_path / "test_skipping.py").write_text(f"{source}\ndef test_other(): pass\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("CI_", "PYTEST_"))}
+    finished = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path],
+        env=environment | ({"CI_NO_SKIP": "1"} if in_ci else {}),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ("accepts no skip for this reason: no kernel" in finished.stdout) == in_ci
+    assert (finished.returncode in {1, 2}) == in_ci
+
+
+# --- what is shipped -------------------------------------------------------------------------------------------------
+def test_no_file_names_a_package_index_or_a_path_of_one_machine() -> None:
+    # Written with a blank where the dot or slash is: this file is searched too.
+    package_indexes = (
+        *("pypi org", "pythonhosted org", "registry npmjs org", "crates io"),
+        *("proxy golang org", "deb debian org", "archive ubuntu com"),
+    )
+    machine_paths = (" work main", " work shared", " opt wheels", " library search")
+    spelled = [words.replace(" ", "[./]") for words in package_indexes + machine_paths]
+    wrong = re.compile("|".join((*spelled, re.escape(f"{ROOT}/"))))
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in tracked()
+        if (match := wrong.search(path.read_text(errors="replace")))
+    ]
+    assert found == []
+
+
+@pytest.mark.slow
+def test_wheel_carries_the_objects_and_the_presets(tmp_path: Path) -> None:
+    for path in tracked("enforcer", "pyproject.toml", "README.md", "LICENSE", "bpf/LICENSE*"):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    (tmp_path / "enforcer/objects").mkdir()
+    objects = sorted((ROOT / "build").glob("*.bpf.o"))
+    for path in objects:
+        shutil.copy(path, tmp_path / "enforcer/objects")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", ".", "."],
+        cwd=tmp_path,
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"enforcer/objects/{name}" for name in ("enforcer.bpf.o", "enforcer-legacy.bpf.o")} <= names
+    assert {f"enforcer/presets/{path.name}" for path in tracked("enforcer/presets/*.toml")} <= names
+    assert "enforcer/presets/docker-hub.toml" in names
