@@ -75,7 +75,7 @@ class Nft:
     """nf_tables of one network namespace."""
 
     def __enter__(self) -> Self:
-        import nftables
+        import nftables  # noqa: PLC0415 - a package of the OS: without it the rest of the program still works
 
         # Both open their socket here: later moves to another namespace do not matter.
         self._library: Any = nftables.Nftables()
