@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from http.client import HTTPConnection
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 Reply = dict[str, Any]
@@ -68,6 +69,49 @@ def connect(name: str, port: int, family: int = 0, timeout: float = 5) -> Reply:
 def connect_each(names: list[str], port: int, families: list[int], timeout: float = 5) -> list[Reply]:
     """`connect` for each name in turn; the families alternate."""
     return [connect(name, port, families[i % len(families)], timeout) for i, name in enumerate(names)]
+
+
+_held: dict[str, socket.socket] = {}
+
+
+def hold(key: str, name: str, port: int) -> Reply:
+    """Open a connection and keep it for `talk`."""
+    _held[key] = socket.create_connection((name, port), timeout=5)
+    return {}
+
+
+def talk(key: str) -> Reply:
+    """Speak HTTP over a held connection, once, and close it."""
+    started = time.monotonic()
+    verdict, message = "error", "closed without an answer"
+    with _held.pop(key) as connection:
+        connection.settimeout(5)
+        try:
+            connection.sendall(b"GET /v2/ HTTP/1.0\r\n\r\n")
+            if answer := connection.recv(4096):
+                verdict, message = "reached", answer.split(b"\r\n")[0].decode()
+        except TimeoutError:
+            verdict, message = "timed out", "no answer"
+        except OSError as error:
+            verdict = "refused" if error.errno in _REFUSED else "error"
+            message = error.strerror or str(error)
+    return {"verdict": verdict, "seconds": time.monotonic() - started, "address": "", "message": message}
+
+
+def send_datagram(address: str, port: int) -> str:
+    """Send one UDP packet; the name of the error that came back, empty if none came within a second."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sending:
+        sending.settimeout(1)
+        sending.connect((address, port))
+        try:
+            sending.send(b"\0")
+            sending.recv(1)
+        except TimeoutError:
+            return ""
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+    return ""
 
 
 def http_get(address: str, port: int, path: str) -> Reply:
@@ -190,28 +234,19 @@ def probe_stop(key: str) -> Reply:
     return _probers.pop(key).stop()
 
 
-_silent: list[socket.socket] = []
-
-
-def stay_silent(address: str) -> Reply:
-    """Take the DNS port of an address and never answer, so that questions to it stay open."""
-    deaf = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    deaf.bind((address, 53))
-    _silent.append(deaf)
-    return {}
-
-
 OPERATIONS: dict[str, Callable[..., Any]] = {
     operation.__name__: operation
     for operation in (
-        attempt, ask, connect, connect_each, flood, forge, hang_up, http_get, probe_start, probe_stop, resolve,
-        stay_silent,
+        attempt, ask, connect, connect_each, flood, forge, hang_up, hold, http_get, probe_start, probe_stop,
+        resolve, send_datagram, talk,
     )
 }  # fmt: skip
 
 
 def main() -> None:
-    """Serve until stdin closes."""
+    """Serve until stdin closes. The argument is the program that the kernel is to take this for."""
+    if sys.argv[1]:
+        Path("/proc/self/comm").write_text(sys.argv[1])
     os.write(1, b'"ready"\n')
     for line in sys.stdin:
         request = json.loads(line)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from tests.lab.internet import CLIENT_IMAGE, REPOSITORY, Internet
 from tests.lab.lab import DOCKER_BRIDGE, DOCKER_NET6, Lab, Outcome, accepts, poll
@@ -32,9 +33,7 @@ class Clients:
         self._podman = ["podman", "--root", f"{storage}/root", "--runroot", f"{storage}/run", "--cgroup-manager",
                         "cgroupfs", "--storage-driver", "vfs", "--events-backend", "none"]  # fmt: skip
         self._start_docker()
-        loaded = lab.run("host", [*self._docker, "load", "--input", str(internet.image)])
-        if loaded.returncode != 0:
-            raise RuntimeError(f"docker load: {loaded.stdout}")
+        self._docker_do("load", "--input", str(internet.image))
 
     def _start_docker(self) -> None:
         lab, directory = self._lab, self._lab.directory
@@ -89,6 +88,25 @@ class Clients:
     def run_in_container(self, network: str, argv: Sequence[str]) -> Outcome:
         """Any busybox command in such a container."""
         return self._try([*self._docker, "run", "--rm", "--network", network, CLIENT_IMAGE, *argv])
+
+    @contextmanager
+    def service(self, publish: str) -> Iterator[str]:
+        """A container on docker's bridge that listens on TCP port 443; the value is its own address."""
+        listen = ["nc", "-ll", "-p", "443", "-e", "cat"]
+        container = self._docker_do("run", "--detach", "--publish", publish, CLIENT_IMAGE, *listen)
+        try:
+            address = self._docker_do("inspect", "--format", "{{.NetworkSettings.IPAddress}}", container)
+            listening = [*self._docker, "exec", container, "nc", "-w", "1", "127.0.0.1", "443"]
+            poll("the service", lambda: self._lab.run("host", listening).returncode == 0)
+            yield address
+        finally:
+            self._docker_do("rm", "--force", container)
+
+    def _docker_do(self, *arguments: str) -> str:
+        done = self._lab.run("host", [*self._docker, *arguments])
+        if done.returncode != 0:
+            raise RuntimeError(f"docker {' '.join(arguments)}: {done.stdout}")
+        return done.stdout.strip()
 
 
 def _verdict(exit_code: int, output: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
-from tests.lab.lab import AUTHORITY, RESOLVER, RESOLVER6, SILENT_AUTHORITY, Lab, command, poll
+from tests.lab.lab import AUTHORITY, RESOLVER, RESOLVER6, Lab, command, poll
 
 REPOSITORY = "lib/hello:1"  # in every registry
 CLIENT_IMAGE = "re-lab/client:1"  # the same image, loaded into docker without a registry
@@ -31,6 +31,7 @@ _ZONES = {
     "allowed.test": """
         registry   300 A     198.18.1.10
         *.blobs    300 A     198.18.1.11
+        short.blobs 2  A     198.18.1.18
         cname      300 CNAME edge.cdn.example.
         v6         300 AAAA  2001:2:0:1::12
         dual       300 A     198.18.1.13
@@ -39,7 +40,8 @@ _ZONES = {
         plain      300 A     198.18.1.15
         late       300 A     198.18.1.16
         later      300 A     198.18.1.17
-        short      2   A     198.18.1.18
+        blobs      300 A     198.18.66.70
+        xblobs     300 A     198.18.66.71
         loopback   300 A     127.0.0.1
         mirror     300 A     198.18.1.19
     """,
@@ -97,7 +99,7 @@ def start(lab: Lab) -> Internet:
 # --- DNS -------------------------------------------------------------------------------------------------------------
 def _start_dns(lab: Lab, directory: Path) -> None:
     zones = dict(_ZONES)
-    zones["allowed.test"] += "".join(f"big 300 A 198.18.3.{i + 1}\n" for i in range(ADDRESSES_OF_BIG))
+    zones["allowed.test"] += "".join(f"big.blobs 300 A 198.18.3.{i + 1}\n" for i in range(ADDRESSES_OF_BIG))
     zones["allowed.test"] += "".join(
         f"{fresh_name(i)}. 300 A {fresh_address(i)}\n{fresh_name(i)}. 300 AAAA {fresh_address(i, 6)}\n"
         for i in range(FRESH_NAMES)
@@ -112,19 +114,19 @@ def _start_dns(lab: Lab, directory: Path) -> None:
         f"template:\n  - id: default\n    storage: {directory}\n    journal-content: none\n    zonefile-sync: -1\n"
         "zone:\n" + "".join(f"  - domain: {zone}\n    file: {zone}.zone\n" for zone in zones)
     )
-    stubs = {**dict.fromkeys(zones, AUTHORITY), "silent.allowed.test": SILENT_AUTHORITY}
     (directory / "unbound.conf").write_text(
         "server:\n"
         f'  directory: "{directory}"\n  chroot: ""\n  username: ""\n  pidfile: "{directory}/unbound.pid"\n'
         '  use-syslog: no\n  logfile: ""\n  verbosity: 1\n'
         f"  interface: {RESOLVER}\n  interface: {RESOLVER6}\n"
         "  access-control: 0.0.0.0/0 allow\n  access-control: ::/0 allow\n"
-        '  module-config: "iterator"\n  local-zone: "test." nodefault\n  do-ip6: yes\n'
+        '  module-config: "iterator"\n  local-zone: "test." nodefault\n'
+        # Questions that stay open, for those who would like to answer them.
+        '  local-zone: "silent.allowed.test." deny\n'
         "  edns-buffer-size: 1232\n  so-rcvbuf: 1m\n  rrset-roundrobin: no\n"
         "remote-control:\n  control-enable: no\n"
-        + "".join(f'stub-zone:\n  name: "{zone}"\n  stub-addr: {address}\n' for zone, address in stubs.items())
+        + "".join(f'stub-zone:\n  name: "{zone}"\n  stub-addr: {AUTHORITY}\n' for zone in zones)
     )
-    lab.net.call("stay_silent", address=SILENT_AUTHORITY)
     lab.spawn("net", ["knotd", "-c", f"{directory}/knot.conf"], "knot")
     lab.spawn("net", ["unbound", "-d", "-c", f"{directory}/unbound.conf"], "unbound")
     poll("DNS answers on the host", lambda: _resolves(lab, "registry.allowed.test") and _resolves(lab, "evil.test"))

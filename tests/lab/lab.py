@@ -35,7 +35,6 @@ from typing import IO, Any, Self
 RESOLVER = "198.18.0.53"
 RESOLVER6 = "2001:2::53"
 AUTHORITY = "198.18.0.2"
-SILENT_AUTHORITY = "198.18.0.9"
 
 _UPLINK = {"host": ("192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2"),
            "two": ("192.0.2.5", "192.0.2.6", "2001:db8:2::1", "2001:db8:2::2")}  # fmt: skip
@@ -44,8 +43,14 @@ CT_ADDRESS = "10.77.0.2"
 DOCKER_BRIDGE = "10.78.0.1/24"
 DOCKER_NET6 = "fd00:78::/64"
 
+# What the lab runs, beside what every Debian has.
+TOOLS = (
+    "bpftool", "busybox", "curl", "dnsmasq", "docker", "docker-registry", "dockerd", "ip", "knotd", "nft", "openssl",
+    "podman", "promtool", "skopeo", "unbound",
+)  # fmt: skip
+
 _PREFIX = "re-lab-"
-_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"  # the distribution's clients, not another docker that may come first
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"  # the distribution's clients, not another docker that may come first
 _DEADLINE = 30.0
 
 
@@ -107,6 +112,10 @@ class Agent:
     def attempt(self, address: str, port: int = 443, timeout: float = 5) -> Outcome:
         """Connect once, without a DNS question."""
         return outcome_of(self.call("attempt", address=address, port=port, timeout=timeout))
+
+    def talk(self, key: str) -> Outcome:
+        """Speak over a connection that `hold` opened."""
+        return outcome_of(self.call("talk", key=key))
 
     def close(self) -> None:
         """End the process."""
@@ -175,6 +184,7 @@ class Lab:
         self._holder = self._hold_mounts()
         self.net = self.agent("net")
         self.host = self.agent("host")
+        self.engine = self.agent("host", comm="skopeo")
         self.ct = self.agent("ct")
 
     def namespace(self, short: str) -> str:
@@ -201,7 +211,7 @@ class Lab:
             self._ip(host, f"addr add {far}/30 dev up0", f"addr add {far6}/64 dev up0 nodad", "link set up0 up",
                      f"route add default via {near}", f"route add default via {near6}")  # fmt: skip
         self._ip("net", f"addr add {RESOLVER}/32 dev lo", f"addr add {RESOLVER6}/128 dev lo nodad",
-                 f"addr add {AUTHORITY}/32 dev lo", f"addr add {SILENT_AUTHORITY}/32 dev lo",
+                 f"addr add {AUTHORITY}/32 dev lo",
                  "route add local 198.18.0.0/15 dev lo", "route add local 2001:2::/48 dev lo",
                  f"route add 10.77.0.0/24 via {HOST_ADDRESS}", "route add fd00:77::/64 via 2001:db8::2",
                  f"route add {DOCKER_NET6} via 2001:db8::2")  # fmt: skip
@@ -255,7 +265,7 @@ class Lab:
     def environment(self) -> dict[str, str]:
         """A clean one: nothing of this machine's proxies, certificates or docker contexts."""
         home = str(self.directory / "home")
-        return {"PATH": _PATH, "HOME": home, "LANG": "C.UTF-8", "DOCKER_CONFIG": home + "/docker"}
+        return {"PATH": PATH, "HOME": home, "LANG": "C.UTF-8", "DOCKER_CONFIG": home + "/docker"}
 
     def spawn(self, where: str, argv: Sequence[str], log: str, *, mounts: bool = True) -> subprocess.Popen[bytes]:
         """Start a process that lives until the lab ends; its output goes to `log`."""
@@ -284,12 +294,12 @@ class Lab:
                 return subprocess.CompletedProcess(list(argv), 124, output, "")
         return subprocess.CompletedProcess(list(argv), started.returncode, output, "")
 
-    def agent(self, where: str) -> Agent:
-        """A new agent in a namespace."""
+    def agent(self, where: str, *, comm: str = "", **environment: str) -> Agent:
+        """A new agent in a namespace; `comm` is the program that the kernel takes it for."""
         with (self.directory / "logs" / f"agent-{where}").open("ab") as errors:
             process = subprocess.Popen(
-                self.wrap(where, [sys.executable, "-I", str(Path(__file__).with_name("agent.py"))]),
-                env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                self.wrap(where, [sys.executable, "-I", str(Path(__file__).with_name("agent.py")), comm]),
+                env=self.environment | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                 start_new_session=True,
             )  # fmt: skip
         agent = Agent(process)

@@ -1,0 +1,58 @@
+"""One lab for all tests of this directory: it takes seconds to build, a policy takes a reload."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import internet
+from tests.lab.bench import FreshNames
+from tests.lab.clients import Clients
+from tests.lab.enforcer import COMMAND, Enforcer, policy
+from tests.lab.lab import PATH, TOOLS, Lab
+
+
+@pytest.fixture(scope="session")
+def built() -> Iterator[tuple[Lab, Clients]]:
+    """The lab with its internet and its clients; no enforcer yet."""
+    missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
+    if missing:
+        pytest.skip(f"the lab needs {', '.join(missing)}: make setup")
+    with Lab() as lab:
+        yield lab, Clients(lab, internet.start(lab))
+
+
+@pytest.fixture(scope="session")
+def lab(built: tuple[Lab, Clients]) -> Lab:
+    """The lab."""
+    return built[0]
+
+
+@pytest.fixture(scope="session")
+def clients(built: tuple[Lab, Clients]) -> Clients:
+    """Its docker, podman, skopeo and curl."""
+    return built[1]
+
+
+@pytest.fixture(scope="session")
+def fresh() -> FreshNames:
+    """Allowed names that nobody has asked for."""
+    return FreshNames()
+
+
+@pytest.fixture(scope="session")
+def any_enforcer(lab: Lab) -> Enforcer:
+    """The host's enforcer, running or not."""
+    if not Path(COMMAND).exists():
+        pytest.skip(f"{COMMAND} is not installed: make setup")
+    return Enforcer(lab, "host", lab.host)
+
+
+@pytest.fixture
+def enforcer(any_enforcer: Enforcer) -> Enforcer:
+    """The host's enforcer, running with the lab's policy."""
+    any_enforcer.ensure(policy())
+    return any_enforcer
