@@ -48,10 +48,14 @@ build/%.bpf.o: $(BPF_SOURCES)
 
 build/enforcer-legacy.bpf.o: BPF_FLAGS += -DLEGACY_EVENTS
 
-wheel: setup ## a wheel with the BPF objects in it, in dist/
-	@mkdir -p enforcer/objects
+wheel: setup ## a wheel with the BPF objects and their source in it, in dist/
+	@rm -rf enforcer/objects build/lib build/bdist.*
+	@mkdir -p enforcer/objects/bpf
 	@cp $(BPF_OBJECTS) enforcer/objects/
-	@.venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@cp $(BPF_SOURCES) enforcer/objects/bpf/
+	@# Copies that stayed would hide what `make bpf` compiles later.
+	@trap 'rm -rf enforcer/objects' EXIT; \
+	    .venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
 fresh: ## prove that set-up works on a bare Debian: make setup in a new system under build/ (root, network, minutes); SUITE=noble for Ubuntu
