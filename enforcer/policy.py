@@ -156,16 +156,24 @@ class Reason(enum.Enum):
     UNLISTED_NAME = "unlisted-name"
     UNLISTED_ADDRESS = "unlisted-address"  # no rule lists it, and no trusted answer for a listed name held it
     UNLISTED_PORT = "unlisted-port"  # a rule has the name or address, on other ports
-    UNLEARNED_ADDRESS = "unlearned-address"  # the name is listed; this address for it came from elsewhere, or too late
+
+    @property
+    def allows(self) -> bool:
+        """Whether it is a reason to let a connection through."""
+        return self in (Reason.LISTED_NAME, Reason.LISTED_ADDRESS, Reason.LEARNED_ADDRESS, Reason.NOT_JUDGED)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What the policy says to one destination."""
 
-    allowed: bool
     rule: str | None  # the name of the rule that decides; None: no rule knows the destination
     reason: Reason
+
+    @property
+    def allowed(self) -> bool:
+        """Whether a connection is let through in mode "enforce"."""
+        return self.reason.allows
 
 
 class PolicyError(Exception):
@@ -742,10 +750,10 @@ class NameIndex:
         rules = self.match(name)
         for rule in rules:
             if port in rule.ports:
-                return Verdict(True, rule.name, Reason.LISTED_NAME)
+                return Verdict(rule.name, Reason.LISTED_NAME)
         if rules:
-            return Verdict(False, rules[0].name, Reason.UNLISTED_PORT)
-        return Verdict(False, None, Reason.UNLISTED_NAME)
+            return Verdict(rules[0].name, Reason.UNLISTED_PORT)
+        return Verdict(None, Reason.UNLISTED_NAME)
 
 
 @dataclass(frozen=True, slots=True)
