@@ -164,7 +164,7 @@ table inet {TABLE} {{
 	# Returns for what leaves this host as, or for, a new connection.
 	chain never_judged {{
 		# No registry speaks anything else. A packet whose protocol cannot be read is not excused.
-		meta l4proto != {{ tcp, udp }} accept
+		meta l4proto != tcp meta l4proto != udp accept
 		# Answers to inbound connections.
 		ct direction reply accept
 		# Was permitted when it began; a refused connection never gets here. Revoking deletes the conntrack entry.
@@ -174,12 +174,11 @@ table inet {TABLE} {{
 
 	# Each judge accepts, or returns what is to be refused.
 	chain judge_local {{
-		meta mark & {MARK_SCOPE_MASK:#010x} vmap {{
-			{MarkedScope.HOST:#010x} : goto judge_host,
-			{MarkedScope.ENGINE:#010x} : goto judge_engine,
-			{MarkedScope.CONTAINER:#010x} : goto judge_container,
-			{MarkedScope.UNSTAMPED:#010x} : goto judge_unknown,
-		}}
+		# No verdict map: while the table is replaced, the elements of the old map are gone before its rule is.
+		meta mark & {MARK_SCOPE_MASK:#010x} == {MarkedScope.HOST:#010x} goto judge_host
+		meta mark & {MARK_SCOPE_MASK:#010x} == {MarkedScope.ENGINE:#010x} goto judge_engine
+		meta mark & {MARK_SCOPE_MASK:#010x} == {MarkedScope.CONTAINER:#010x} goto judge_container
+		goto judge_unknown
 	}}
 
 	chain judge_container {{
