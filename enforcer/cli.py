@@ -1,0 +1,318 @@
+"""The command line: one table of subcommands; the only module that prints.
+
+Exit codes: 0 yes or ok, 1 refused or no, 2 bad input, 3 not running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from enforcer import __version__, advice, bpf, control, daemon, doctor, metrics, policy, procfs
+
+EXIT_OK = 0
+EXIT_NO = 1
+EXIT_BAD_INPUT = 2
+EXIT_NOT_RUNNING = 3
+
+DEFAULT_POLICY = Path("/etc/registry-enforcer/policy.toml")
+DEFAULT_RUN_DIR = Path("/run/registry-enforcer")
+DEFAULT_STATE_DIR = Path("/var/lib/registry-enforcer")
+DEFAULT_METRICS = "127.0.0.1:9742"
+
+
+class UsageError(Exception):
+    """Bad input; the message says what to write instead."""
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+def _metrics_address(text: str) -> tuple[str, int]:
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isascii() or not port.isdigit() or not 0 <= int(port) <= 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT; write for example {DEFAULT_METRICS}")
+    return host.strip("[]"), int(port)
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--policy", type=Path, metavar="FILE", help=f"default: {DEFAULT_POLICY}, or Docker Hub alone without that file"
+    )
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bpffs", type=Path, metavar="DIR", help=f"where BPF state is pinned; default {daemon.DEFAULT_BPFFS}"
+    )
+    parser.add_argument("--cgroup", type=Path, metavar="DIR", help="whose sockets are judged; default: all")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print facts as JSON")
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help=f"default: {DEFAULT_POLICY}")
+    _add_json(parser)
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_policy(parser)
+    _add_places(parser)
+    parser.add_argument("--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR")
+    parser.add_argument("--metrics", type=_metrics_address, default=DEFAULT_METRICS, metavar="ADDRESS:PORT")
+    parser.add_argument("--loader", choices=[loader.value for loader in bpf.Loader], default="libbpf")
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="NAME-or-ADDRESS[:PORT]")
+    _add_policy(parser)
+    _add_json(parser)
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_places(parser)
+    _add_json(parser)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One row of the table."""
+
+    name: str
+    summary: str
+    example: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    main: Callable[[argparse.Namespace], int]
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+def _print_json(facts: Mapping[str, Any]) -> None:
+    print(json.dumps(facts, indent=2))
+
+
+def _complain(text: str) -> None:
+    print(f"registry-enforcer: {text}", file=sys.stderr)
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+def _read_policy(path: Path | None) -> policy.Policy:
+    """The policy of `path`; without one the default file's, and without that the built-in default."""
+    wsl = procfs.is_wsl()
+    if path is None:
+        if not DEFAULT_POLICY.exists():
+            return policy.default_policy(wsl=wsl)
+        path = DEFAULT_POLICY
+    return policy.read_policy(path, wsl=wsl)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    checked = _read_policy(arguments.file)
+    facts = daemon.policy_facts(checked)
+    if arguments.json:
+        _print_json(facts)
+    else:
+        print(
+            f"{checked.source}: ok: {facts['registries']} registries and {facts['destinations']} other destinations, "
+            f"{facts['names']} names, mode {facts['mode']}"
+        )
+        for warning in advice.warnings(checked):
+            print(f"{checked.source}: note: {warning}")
+    return EXIT_OK
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if os.geteuid() != 0:
+        raise UsageError("run changes the kernel's rules and needs root; start it with sudo")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    started = time.monotonic()
+
+    def announce(enforced: policy.Policy, details: str) -> None:
+        took = time.monotonic() - started
+        print(f"ready after {took:.1f} s: mode {enforced.mode.value}, policy {enforced.source}, {details}", flush=True)
+
+    options = daemon.Options(
+        run_dir=arguments.run_dir,
+        state_dir=arguments.state_dir,
+        bpffs=arguments.bpffs or daemon.DEFAULT_BPFFS,
+        cgroup=arguments.cgroup,
+        metrics=arguments.metrics,
+        loader=bpf.Loader(arguments.loader),
+    )
+    asyncio.run(daemon.run(options, lambda: _read_policy(arguments.policy), announce))
+    return EXIT_OK
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    status = control.request(arguments.run_dir, {"command": "status"})
+    if arguments.json:
+        _print_json(status)
+        return EXIT_OK
+    facts = status["policy"]
+    print(f"{status['state']}: mode {facts['mode']}, policy {facts['source']} ({facts['digest'][:12]})")
+    print(f"  {facts['registries']} registries, {facts['destinations']} other destinations, {facts['names']} names")
+    print(f"resolvers: {', '.join(status['resolvers']) or 'none: nothing can be learned'}")
+    for interface in status["interfaces"]:
+        print(f"interface {interface['name']}: {interface['role']} ({interface['why']})")
+    for kind in ("refused", "observed"):
+        counts = [f"{entry['scope']}/{entry['protocol']} {entry['count']}" for entry in status[kind] if entry["count"]]
+        print(f"{kind}: {', '.join(counts) or 'none'}")
+    print(f"learned: {len(status['learned'])}")
+    for entry in status["learned"]:
+        left = entry["expires_at"] - time.time()
+        print(f"  {entry['address']} port {entry['port']}: {entry['name']} (rule {entry['rule']}, {left:.0f} s left)")
+    return EXIT_OK
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    try:
+        subject, _ = advice.parse_subject(arguments.subject)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    try:
+        explanation = control.request(arguments.run_dir, {"command": "explain", "subject": arguments.subject})
+    except control.NotRunningError:
+        # A name is judged by the policy alone; what an address was learned for only the daemon knows.
+        if not isinstance(subject, str):
+            raise
+        explanation = daemon.explain_by_policy(_read_policy(arguments.policy), arguments.subject)
+        _complain("no daemon is running; this is what the policy file says")
+    if arguments.json:
+        _print_json(explanation)
+    else:
+        print(explanation["sentence"])
+        for step in explanation["next_steps"]:
+            print(f"  {step}")
+    return EXIT_OK if explanation["allowed"] else EXIT_NO
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    findings = doctor.examine(arguments.bpffs or daemon.DEFAULT_BPFFS, arguments.cgroup)
+    if arguments.json:
+        _print_json({"findings": [finding.as_json() for finding in findings]})
+    else:
+        for finding in findings:
+            print(f"{finding.state.value:8}{finding.subject}: {finding.fact}")
+            if finding.cost:
+                print(f"{'':8}costs: {finding.cost}")
+            if finding.remedy:
+                print(f"{'':8}do: {finding.remedy}")
+    return EXIT_OK if all(finding.state is not doctor.State.MISSING for finding in findings) else EXIT_NO
+
+
+def _remove(arguments: argparse.Namespace) -> int:
+    if os.geteuid() != 0:
+        raise UsageError("remove changes the kernel's rules and needs root; start it with sudo")
+    removed = daemon.remove(arguments.run_dir, arguments.bpffs, arguments.cgroup)
+    if arguments.json:
+        _print_json({"removed": removed})
+        return EXIT_OK
+    for what in removed:
+        print(f"removed {what}")
+    if not removed:
+        print("nothing to remove: nothing of registry-enforcer is in the kernel here")
+    return EXIT_OK
+
+
+def _remove_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_places(parser)
+    _add_json(parser)
+
+
+COMMANDS = (
+    Command(
+        "check",
+        "say whether a policy file is right",
+        "registry-enforcer check ./policy.toml",
+        _check_arguments,
+        _check,
+    ),
+    Command(
+        "run",
+        "enforce a policy until stopped; SIGHUP reads it again; enforcement stays when the program ends",
+        "registry-enforcer run --policy ./policy.toml",
+        _run_arguments,
+        _run,
+    ),
+    Command(
+        "status",
+        "show what is enforced, learned and refused",
+        "registry-enforcer status --json",
+        _add_json,
+        _status,
+    ),
+    Command(
+        "explain",
+        "say why a registry is allowed or refused, and what to do",
+        "registry-enforcer explain ghcr.io:443",
+        _explain_arguments,
+        _explain,
+    ),
+    Command(
+        "doctor",
+        "say what this host's kernel offers, what is missing, what that costs and what to do",
+        "registry-enforcer doctor",
+        _doctor_arguments,
+        _doctor,
+    ),
+    Command(
+        "remove",
+        "take all enforcement out of the kernel",
+        "registry-enforcer remove",
+        _remove_arguments,
+        _remove,
+    ),
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="registry-enforcer",
+        description="Says which container registries this host's engines and containers may reach.",
+        epilog="Exit codes: 0 yes or ok, 1 refused or no, 2 bad input, 3 not running.",
+    )
+    parser.add_argument("--version", action="version", version=f"registry-enforcer {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name, help=command.summary, description=command.summary, epilog=f"Example: {command.example}"
+        )
+        subparser.add_argument(
+            "--run-dir", type=Path, default=DEFAULT_RUN_DIR, metavar="DIR", help=f"default: {DEFAULT_RUN_DIR}"
+        )
+        command.arguments(subparser)
+        subparser.set_defaults(main=command.main)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the value is the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.main(arguments))
+    except policy.PolicyError as error:
+        # FILE:LINE: first, as compilers do, so that editors can jump there.
+        print(error, file=sys.stderr)
+    except (UsageError, metrics.MetricsError, control.AlreadyRunningError, control.RequestError) as error:
+        _complain(str(error))
+    except daemon.UnsupportedHostError as error:
+        _complain(str(error))
+    except control.NotRunningError as error:
+        _complain(f"{error}; start it with: registry-enforcer run")
+        return EXIT_NOT_RUNNING
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,803 @@
+"""Composition: the policy, the kernel's state and the events that change them, brought together.
+
+Order is what makes it safe. At start BPF learns before nftables refuses, so that nothing allowed is lost; a restarted
+daemon adopts what is pinned and never takes anything away before its successor is in place. A reload narrows first
+(names out of BPF, then the ruleset and revoked elements in one transaction) and widens last, so that a failure at any
+point leaves at most the intersection of both policies. Nothing here removes the table but `remove`.
+
+One task consumes events and changes the learned state, so there are no locks. An unexpected exception ends the process;
+the kernel goes on learning and refusing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from enforcer import (
+    __version__,
+    advice,
+    attribution,
+    bpf,
+    control,
+    dns_answer,
+    kernel_abi,
+    metrics,
+    netlink,
+    nft,
+    procfs,
+    resolver,
+    ruleset,
+    topology,
+)
+from enforcer.bpf import Loader
+from enforcer.kernel_abi import DnsEvent, MarkedScope, Outcome, Protocol, RangeClass
+from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, permitted
+from enforcer.policy import (
+    Address,
+    Mode,
+    NameIndex,
+    Policy,
+    PolicyError,
+    RuleKind,
+    name_permissions,
+    pattern_id,
+)
+
+log = logging.getLogger("registry-enforcer")
+
+DEFAULT_BPFFS = Path("/sys/fs/bpf/registry-enforcer")
+HOUSEKEEPING_SECONDS = 1.0
+RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFRESH_MARGIN_SECONDS
+RESOLVE_CONCURRENCY = 16
+FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
+SCRAPE_DEADLINE_SECONDS = 5.0
+NANOSECONDS = 1_000_000_000
+
+
+class UnsupportedHostError(Exception):
+    """This host lacks what enforcement needs; the message says what and what to do. Nothing was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Where the daemon keeps what."""
+
+    run_dir: Path
+    state_dir: Path
+    bpffs: Path
+    cgroup: Path | None  # None: the root of the cgroup v2 hierarchy
+    metrics: tuple[str, int]
+    loader: Loader
+
+
+ReadPolicy = Callable[[], Policy]  # raises PolicyError
+Announce = Callable[[Policy, str], None]
+
+
+# --- what the commands share -----------------------------------------------------------------------------------------
+def policy_facts(policy: Policy) -> dict[str, Any]:
+    """What `check` and `status` say of a policy."""
+    destinations = sum(rule.kind is RuleKind.DESTINATION for rule in policy.rules)
+    return {
+        "source": policy.source,
+        "digest": policy.digest,
+        "organization": policy.organization,
+        "mode": policy.mode.value,
+        "registries": len(policy.rules) - destinations,
+        "destinations": destinations,
+        "names": sum(len(rule.hosts) for rule in policy.rules),
+        "ports": list(policy.ports),
+        "scope": {
+            "containers": policy.scope.containers.value,
+            "engines": policy.scope.engines.value,
+            "host": policy.scope.host.value,
+        },
+    }
+
+
+def explain_by_policy(policy: Policy, text: str, learned: Iterable[LearnedAddress] = ()) -> dict[str, Any]:
+    """`advice.explain` as JSON; ValueError if `text` is neither a name nor an address."""
+    subject, port = advice.parse_subject(text)
+    explanation = advice.explain(policy, NameIndex(policy), subject, port, learned)
+    return {
+        "subject": str(explanation.subject),
+        "port": explanation.port,
+        "allowed": explanation.allowed,
+        "reason": explanation.reason.value,
+        "rules": list(explanation.rules),
+        "sentence": explanation.sentence,
+        "next_steps": list(explanation.next_steps),
+    }
+
+
+# --- the running daemon ----------------------------------------------------------------------------------------------
+def name_map(policy: Policy) -> dict[bytes, bytes]:
+    """What BPF's `names` holds under `policy`."""
+    return {
+        kernel_abi.pack_name_key(entry.pattern.name, wildcard=entry.pattern.wildcard): kernel_abi.pack_name_rule(
+            pattern_id(entry.pattern), entry.ports, private_addresses=entry.private_addresses
+        )
+        for entry in name_permissions(policy)
+    }
+
+
+class Enforcement:
+    """The state of one daemon and everything that changes it; all methods run on the event loop's thread."""
+
+    def __init__(
+        self,
+        options: Options,
+        policy: Policy,
+        *,
+        firewall: nft.Nft,
+        capabilities: ruleset.Capabilities,
+        kernel: bpf.KernelState,
+        links: netlink.Netlink,
+        cgroup: Path | None,
+    ) -> None:
+        self.options = options
+        self.policy = policy
+        self.index = NameIndex(policy)
+        self.learned = LearnedAddresses()
+        self.resolvers: tuple[Address, ...] = ()
+        self.plan: topology.AttachmentPlan | None = None
+        self.ask_again = asyncio.Event()  # set: the policy or the resolvers changed, ask for every exact name now
+        self.metrics = metrics.Metrics(self._snapshot_for_scrape)
+        self._firewall = firewall
+        self._capabilities = capabilities
+        self._kernel = kernel
+        self._links = links
+        self._cgroup = cgroup
+        self._loop = asyncio.get_running_loop()
+        self._table_present = firewall.present()  # an earlier daemon's
+        self._lost_seen = 0
+        self._ranges: dict[bytes, bytes] = {}
+        self._attached: dict[int, str] = {}  # interface index -> the program at its ingress
+        self._unresolved: set[str] = set()  # exact names whose last own question failed, each logged once
+        self._asking: set[str] = set()  # names of unreadable answers that are being asked for
+        self._asked: set[asyncio.Task[None]] = set()
+
+    # --- start -------------------------------------------------------------------------------------------------------
+    async def start(self) -> None:
+        """Bring the kernel under `self.policy`, from nothing or from what an earlier daemon left there.
+
+        Until the ruleset is applied at the very end, an earlier daemon's goes on refusing.
+        """
+        maps = self._kernel.maps
+        self._write_settings()
+        maps["programs"].replace_all(
+            {
+                name.encode().ljust(kernel_abi.COMM_BYTES, b"\0"): _u32(scope)
+                for name, scope in attribution.PROGRAM_SCOPES.items()
+            }
+        )
+        wanted = name_map(self.policy)
+        maps["names"].replace_all(wanted)
+        self.follow_resolvers()
+        self._adopt_learned()
+        if self._cgroup is not None:
+            for program in self._kernel.programs.values():
+                if program.name.upper() in bpf.CgroupHook.__members__:
+                    bpf.attach_cgroup(program, self._cgroup, self.options.bpffs)
+        first_pass = asyncio.create_task(self.ask_for_names())
+        done, _ = await asyncio.wait([first_pass], timeout=FIRST_RESOLVE_SECONDS)
+        if not done:
+            log.warning("not all names of the policy are resolved yet; enforcing now, the rest follows")
+            self._asked.add(first_pass)
+            first_pass.add_done_callback(self._asked.discard)
+        elements = {entry.destination: entry for entry in self._longest()}
+        stale = self._elements_without_reason(elements) if self._table_present else []
+        assert self.plan is not None  # follow_resolvers made it
+        self._firewall.apply(
+            ruleset.render_ruleset(self.policy, self._capabilities, self.plan.internal)
+            + self._render(Changes(tuple(elements.values()), tuple(stale)))
+        )
+        self._table_present = True
+
+    def _write_settings(self) -> None:
+        settings = self._kernel.maps["settings"]
+        slot = bytes(4)
+        before = kernel_abi.SETTINGS.codec.unpack(settings.lookup(slot) or bytes(kernel_abi.SETTINGS.size))
+        pidns_device, pidns_inode = procfs.pidns_identity() or (0, 0)
+        settings.update(
+            slot,
+            kernel_abi.SETTINGS.codec.pack(
+                before[0] or secrets.randbits(64),  # another key would orphan the questions that are under way
+                kernel_abi.LIFETIME_FLOOR_SECONDS * NANOSECONDS,
+                kernel_abi.LIFETIME_CEILING_SECONDS * NANOSECONDS,
+                kernel_abi.REFRESH_MARGIN_SECONDS * NANOSECONDS,
+                kernel_abi.QUERY_WINDOW_SECONDS * NANOSECONDS,
+                procfs.netns_cookie() or 0,
+                pidns_device,
+                pidns_inode,
+                kernel_abi.MARK_MASK,
+                kernel_abi.MARK_VOUCHED,
+                MarkedScope.HOST,
+                MarkedScope.ENGINE,
+                MarkedScope.CONTAINER,
+                1,
+            ),
+        )
+
+    def _adopt_learned(self) -> None:
+        """Hold what BPF has learned while no daemon listened, as far as the policy still allows it."""
+        learned = self._kernel.maps["learned"]
+        patterns = {pattern_id(entry.pattern): entry.pattern for entry in name_permissions(self.policy)}
+        entries = []
+        for key, value in list(learned.items()):
+            address, port = kernel_abi.unpack_learned_key(key)
+            expires_ns, taught_by = kernel_abi.LEARNED.codec.unpack(value)
+            if (address, port) in self.learned:
+                continue
+            pattern = patterns.get(taught_by)
+            found = False
+            if pattern is not None and expires_ns > self._kernel.now_ns():
+                for rule, matched in self.index.covering(pattern.name, wildcard=pattern.wildcard):
+                    if port in rule.ports:
+                        found = True
+                        entries.append(
+                            LearnedAddress(address, port, str(pattern), rule.name, matched, expires_ns / NANOSECONDS)
+                        )
+            if not found:
+                learned.delete(key)
+        changes = self.learned.learn(entries)
+        if self._table_present:
+            self._apply(changes)
+        if entries:
+            log.info("took over %d learned permissions from the kernel", len(entries))
+
+    def _elements_without_reason(self, wanted: Mapping[Destination, object]) -> list[Destination]:
+        """What an earlier daemon permitted and this one cannot account for."""
+        held = ((element.address, element.port) for element in self._firewall.learned())
+        return [destination for destination in held if destination not in wanted]
+
+    # --- DNS events --------------------------------------------------------------------------------------------------
+    def take_events(self, reader: bpf.EventReader) -> None:
+        """Everything that BPF has reported: parse, judge, and tell the kernel in one transaction."""
+        records = reader.read()
+        if not records:
+            return
+        permit: dict[Destination, LearnedAddress] = {}
+        withdraw: dict[Destination, None] = {}
+        arrivals = []
+        for record in records:
+            event = kernel_abi.decode_event(record)
+            arrivals.append(event.at_ns)
+            changes = self._judge(event)
+            for entry in changes.permit:
+                permit[entry.destination] = entry
+                withdraw.pop(entry.destination, None)
+            for destination in changes.withdraw:
+                withdraw[destination] = None
+                permit.pop(destination, None)
+        self._apply(Changes(tuple(permit.values()), tuple(withdraw)))
+        now = self._kernel.now_ns()
+        for arrived in arrivals:
+            self.metrics.learn_seconds.observe((now - arrived) / NANOSECONDS)
+
+    def _judge(self, event: DnsEvent) -> Changes:
+        """What one learning packet changes. BPF's view of it is checked against the full parser's."""
+        if event.resolver not in self.resolvers:
+            # The packet came before this resolver was dropped; BPF does not know that it has been.
+            return self._disagree(event, "its resolver is no longer trusted")
+        try:
+            answer = dns_answer.parse_answer(event.wire, event.resolver)
+        except dns_answer.DnsAnswerError as error:
+            if not event.inserted:
+                self._ask_for_question(event)
+                return Changes()
+            return self._disagree(event, str(error))
+        entries = self._permissions(answer, event.at_ns / NANOSECONDS)
+        if event.outcome is Outcome.UNREADABLE and (answer.truncated or event.message_length > len(event.wire)):
+            self._ask_for_question(event)
+        if event.inserted > len({entry.destination for entry in entries}):
+            return self._disagree(event, f"{answer.question}: fewer permissions in it than BPF learned", entries)
+        return self.learned.learn(entries)
+
+    def _permissions(self, answer: dns_answer.DnsAnswer, now: float) -> list[LearnedAddress]:
+        return list(permitted(answer, self.index.covering(answer.question), self._classify, now))
+
+    def _disagree(self, event: DnsEvent, why: str, accepted: Iterable[LearnedAddress] = ()) -> Changes:
+        """Take back whatever BPF knows and this daemon cannot account for."""
+        self.metrics.disagreements.inc()
+        log.warning("a DNS answer from %s taught too much (%s); withdrawn", event.resolver, why)
+        changes = self.learned.learn(accepted)
+        learned = self._kernel.maps["learned"]
+        orphans = [key for key, _ in list(learned.items()) if kernel_abi.unpack_learned_key(key) not in self.learned]
+        for key in orphans:
+            learned.delete(key)
+        orphaned = tuple(kernel_abi.unpack_learned_key(key) for key in orphans)
+        return Changes(changes.permit, changes.withdraw + orphaned)
+
+    def _classify(self, address: Address) -> RangeClass | None:
+        assert self.plan is not None
+        if any(address in network for network in self.plan.own_ranges if network.version == address.version):
+            return RangeClass.NEVER
+        return dns_answer.classify_address(address)
+
+    def _apply(self, changes: Changes) -> None:
+        if changes:
+            self._firewall.apply(self._render(changes))
+            learned = self._kernel.maps["learned"]
+            for destination in changes.withdraw:
+                learned.delete(kernel_abi.pack_learned_key(*destination))
+
+    def _render(self, changes: Changes) -> str:
+        now = self._kernel.now_ns() / NANOSECONDS
+        permit = [
+            ruleset.Element(entry.address, entry.port, seconds)
+            for entry in changes.permit
+            if (seconds := int(entry.expires_at - now)) > 0
+        ]
+        return ruleset.render_elements(permit, changes.withdraw)
+
+    def _longest(self) -> Iterator[LearnedAddress]:
+        """For each destination the permission that ends last."""
+        for destination in {entry.destination for entry in self.learned}:
+            yield self.learned.longest(destination)
+
+    # --- own questions -----------------------------------------------------------------------------------------------
+    async def ask_for_names(self) -> None:
+        """Ask for every exact name of the policy, a few at a time."""
+        names = iter(sorted({host.name for rule in self.policy.rules for host in rule.hosts if not host.wildcard}))
+
+        async def ask_in_turn() -> None:
+            for name in names:
+                await self._ask(name)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(RESOLVE_CONCURRENCY):
+                group.create_task(ask_in_turn())
+
+    async def keep_asking(self) -> None:
+        """Ask again before the lifetimes end, and at once when the policy or the resolvers change."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESOLVE_PERIOD_SECONDS):
+                    await self.ask_again.wait()
+            self.ask_again.clear()
+            await self.ask_for_names()
+
+    async def _ask(self, name: str) -> None:
+        """Ask for the addresses of `name` and hold what the answers permit. BPF sees the same packets and is first."""
+        for rdtype in dns_answer.ADDRESS_TYPES:
+            try:
+                wire, asked = await resolver.ask(dns_answer.build_query(name, rdtype), self.resolvers)
+                answer = dns_answer.parse_answer(wire, asked)
+            except resolver.NoAnswerError as error:
+                self.metrics.own_queries.labels("no_answer").inc()
+                if name not in self._unresolved:
+                    self._unresolved.add(name)
+                    log.warning("%s cannot be resolved: %s", name, error)
+                return
+            except dns_answer.DnsAnswerError:
+                self.metrics.own_queries.labels("unusable").inc()
+                continue
+            if asked not in self.resolvers or answer.question != name:
+                self.metrics.own_queries.labels("unusable").inc()
+                continue
+            self.metrics.own_queries.labels("answered").inc()
+            self._unresolved.discard(name)
+            changes = self.learned.learn(self._permissions(answer, self._kernel.now_ns() / NANOSECONDS))
+            self._kernel.maps["learned"].update_many(
+                (
+                    kernel_abi.pack_learned_key(*entry.destination),
+                    kernel_abi.LEARNED.codec.pack(int(entry.expires_at * NANOSECONDS), pattern_id(entry.pattern)),
+                )
+                for entry in changes.permit
+            )
+            if self._table_present:
+                self._apply(changes)
+
+    def _ask_for_question(self, event: DnsEvent) -> None:
+        """BPF could not read this answer whole: ask for its name, once at a time."""
+        try:
+            name = dns_answer.parse_question(event.wire)
+        except dns_answer.DnsAnswerError:
+            return  # BPF matched a listed name before it gave up, so this was cut on the way: nothing was permitted
+        if not self.index.match(name) or name in self._asking:
+            return
+
+        async def ask() -> None:
+            try:
+                await self._ask(name)
+            finally:
+                self._asking.discard(name)
+
+        self._asking.add(name)
+        task = asyncio.create_task(ask())
+        self._asked.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._asked.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error
+
+    # --- changes around the daemon -----------------------------------------------------------------------------------
+    def fit_interfaces(self, changed: netlink.Change = netlink.Change.EVERYTHING) -> None:
+        """Attach the programs where the interfaces, routes and resolvers of this moment want them."""
+        routes = {address: self._links.route_to(address) for address in self.resolvers}
+        before, self.plan = self.plan, topology.plan_attachments(self._links.interfaces(), self._links.routes(), routes)
+        if changed & netlink.Change.TRAFFIC_CONTROL:
+            self._attached.clear()  # somebody touched filters: look at each
+        ranges = {
+            kernel_abi.pack_range_key(network.network_address, network.prefixlen): _u32(range_class)
+            for network, range_class in (
+                *dns_answer.SPECIAL_RANGES,
+                *((network, RangeClass.NEVER) for network in self.plan.own_ranges),
+            )
+        }
+        if ranges != self._ranges:
+            self._kernel.maps["ranges"].replace_all(ranges)
+            self._ranges = ranges
+        programs = self._kernel.programs
+        for index in self.plan.learn | self.plan.gate:
+            name = self._program_at(index)
+            if self._attached.get(index) == name:
+                continue
+            there = self._links.attach(index, netlink.Direction.INGRESS, programs[name].fd, name)
+            if there and name == "learn":
+                there = self._links.attach(index, netlink.Direction.EGRESS, programs["track_query"].fd, "track_query")
+            if there:
+                self._attached[index] = name
+        for index in self._attached.keys() - (self.plan.learn | self.plan.gate):
+            del self._attached[index]
+        if self._table_present and (before is None or before.internal != self.plan.internal):
+            self._firewall.apply(ruleset.render_internal(self.plan.internal))
+        if before is None or before.unlearnable != self.plan.unlearnable:
+            for address, why in self.plan.unlearnable:
+                log.warning("answers of the resolver %s cannot teach: %s", address, why)
+
+    async def follow_links(self) -> None:
+        """Fit the programs to every change of interfaces, addresses, routes and filters."""
+        with self._links.changes() as changes:
+            async for changed in changes:
+                self.fit_interfaces(changed)
+
+    def follow_resolvers(self) -> None:
+        """Trust the resolvers that the policy means now, and no others."""
+        wanted = list(self.policy.resolvers.addresses)
+        if self.policy.resolvers.auto:
+            wanted += procfs.trusted_resolvers()
+        resolvers = tuple(dict.fromkeys(wanted))
+        if resolvers == self.resolvers and self.plan is not None:
+            return
+        self.resolvers = resolvers
+        self._kernel.maps["resolvers"].replace_all({kernel_abi.pack_address(address): b"\1" for address in resolvers})
+        self.fit_interfaces()
+        self.ask_again.set()
+        log.info("trusted resolvers: %s", ", ".join(map(str, resolvers)) or "none")
+
+    def know_cgroups(self, known: Iterable[procfs.Cgroup]) -> None:
+        """Tell BPF which cgroups hold containers and engines: these and no others."""
+        self._kernel.maps["cgroups"].replace_all({_cgroup_key(cgroup): _u32(cgroup.scope) for cgroup in known})
+
+    def cgroups_changed(self, appeared: Iterable[procfs.Cgroup], vanished: Iterable[procfs.Cgroup]) -> None:
+        """Tell BPF of the difference."""
+        cgroups = self._kernel.maps["cgroups"]
+        for cgroup in vanished:
+            cgroups.delete(_cgroup_key(cgroup))
+        for cgroup in appeared:
+            cgroups.update(_cgroup_key(cgroup), _u32(cgroup.scope))
+
+    def reload(self, read_policy: ReadPolicy) -> None:
+        """Enforce the policy as it is written now. A bad policy, or a kernel that refuses it, leaves the old one."""
+        try:
+            policy = read_policy()
+        except PolicyError as error:
+            self.metrics.reloads.labels("bad_policy").inc()
+            log.error("%s: the policy in force stays", error)
+            return
+        index = NameIndex(policy)
+        before, after = name_map(self.policy), name_map(policy)
+        names = self._kernel.maps["names"]
+        narrowed = [key for key, value in before.items() if after.get(key) != value]
+        for key in narrowed:
+            names.delete(key)
+
+        def still_allowed(entry: LearnedAddress) -> bool:
+            return any(
+                (rule.name, pattern) == (entry.rule, entry.pattern)
+                and entry.port in rule.ports
+                and (rule.private_addresses or self._classify(entry.address) is not RangeClass.PRIVATE)
+                for rule, pattern in index.covering(entry.pattern.name, wildcard=entry.pattern.wildcard)
+            )
+
+        kept, changes = self.learned.narrowed(still_allowed)
+        assert self.plan is not None
+        try:
+            self._firewall.apply(
+                ruleset.render_ruleset(policy, self._capabilities, self.plan.internal) + self._render(changes)
+            )
+        except nft.NftError as error:
+            names.update_many((key, before[key]) for key in narrowed)
+            self.metrics.reloads.labels("failed").inc()
+            log.error("the kernel refused the new ruleset, the policy in force stays: %s", error)
+            return
+        learned = self._kernel.maps["learned"]
+        for destination in changes.withdraw:
+            learned.delete(kernel_abi.pack_learned_key(*destination))
+        self.policy, self.index, self.learned = policy, index, kept
+        names.update_many((key, value) for key, value in after.items() if before.get(key) != value)
+        self.follow_resolvers()
+        self.ask_again.set()
+        self.metrics.reloads.labels("ok").inc()
+        log.info("policy %s (%s) is in force, mode %s", policy.source, policy.digest[:12], policy.mode.value)
+
+    def housekeeping(self) -> None:
+        """Forget what has expired; read from the kernel what its events could not carry."""
+        now = self._kernel.now_ns() / NANOSECONDS
+        learned = self._kernel.maps["learned"]
+        for destination in self.learned.expire(now):
+            learned.delete(kernel_abi.pack_learned_key(*destination))
+        lost = self._lost()
+        if lost > self._lost_seen:
+            log.warning(
+                "%d learning packets did not reach the daemon; reading the kernel's map", lost - self._lost_seen
+            )
+            self._lost_seen = lost
+            self._adopt_learned()
+
+    def _lost(self) -> int:
+        return self._kernel.maps["counters"].sum_u64(_u32(Outcome.EVENT_LOST))
+
+    # --- what it tells -----------------------------------------------------------------------------------------------
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """One request of the control socket; ValueError names what is wrong with it."""
+        match request.get("command"):
+            case "status":
+                return self.status()
+            case "explain":
+                subject = request.get("subject")
+                if not isinstance(subject, str):
+                    raise ValueError("explain takes a subject: a name or an address, with or without :PORT")
+                return explain_by_policy(self.policy, subject, self.learned)
+            case other:
+                raise ValueError(f"unknown command {other!r}; this daemon knows status and explain")
+
+    def status(self) -> dict[str, Any]:
+        """Everything an operator asks first. Times are Unix seconds."""
+        assert self.plan is not None
+        wall_clock_offset = time.time() - self._kernel.now_ns() / NANOSECONDS
+        counters = self._firewall.counters()
+        return {
+            "state": "enforcing" if self.policy.mode is Mode.ENFORCE else "observing",
+            "version": __version__,
+            "pid": os.getpid(),
+            "policy": policy_facts(self.policy),
+            "learned": [
+                {
+                    "address": str(entry.address),
+                    "port": entry.port,
+                    "name": entry.name,
+                    "rule": entry.rule,
+                    "expires_at": round(entry.expires_at + wall_clock_offset, 3),
+                }
+                for entry in self.learned
+            ],
+            **{
+                verb: [
+                    {"scope": scope, "protocol": protocol, "count": count}
+                    for (scope, protocol), count in _refusals(counters, mode).items()
+                ]
+                for verb, mode in (("refused", Mode.ENFORCE), ("observed", Mode.OBSERVE))
+            },
+            "resolvers": [str(address) for address in self.resolvers],
+            "unlearnable_resolvers": [{"address": str(address), "why": why} for address, why in self.plan.unlearnable],
+            "interfaces": [
+                {
+                    "name": entry.interface.name,
+                    "role": entry.role.value,
+                    "why": entry.why,
+                    "program": self._program_at(entry.interface.index),
+                }
+                for entry in self.plan.roles
+            ],
+            "capabilities": {
+                "nftables": sorted(feature.name.lower() for feature in self._capabilities.features),
+                "loader": self._kernel.report.loader.value,
+                "programs": dict(self._kernel.report.programs),
+                "refused_programs": dict(self._kernel.report.refused),
+                "cgroup": None if self._cgroup is None else str(self._cgroup),
+            },
+        }
+
+    def _program_at(self, index: int) -> str:
+        """The program that belongs at the ingress of an interface; "" for a bridge's port."""
+        assert self.plan is not None
+        if index in self.plan.learn:
+            return "learn"
+        return "gate" if index in self.plan.gate else ""
+
+    def _snapshot(self) -> metrics.Snapshot:
+        counters = self._firewall.counters()
+        families = collections.Counter(f"ipv{entry.address.version}" for entry in self._longest())
+        per_outcome = self._kernel.maps["counters"]
+        return metrics.Snapshot(
+            enforcing=self.policy.mode is Mode.ENFORCE and self._table_present,
+            mode=self.policy.mode.value,
+            digest=self.policy.digest,
+            dns_answers={
+                outcome.name.lower(): per_outcome.sum_u64(_u32(outcome))
+                for outcome in Outcome
+                if outcome is not Outcome.EVENT_LOST
+            },
+            learned={family: families[family] for family in ("ipv4", "ipv6")},
+            refused=_refusals(counters, Mode.ENFORCE),
+            observed=_refusals(counters, Mode.OBSERVE),
+            events_lost=self._lost(),
+        )
+
+    def _snapshot_for_scrape(self) -> metrics.Snapshot:
+        """Called in the metrics server's thread; the state belongs to the loop's."""
+
+        async def snapshot() -> metrics.Snapshot:
+            return self._snapshot()
+
+        return asyncio.run_coroutine_threadsafe(snapshot(), self._loop).result(SCRAPE_DEADLINE_SECONDS)
+
+
+def _refusals(counters: Mapping[str, nft.Counter], mode: Mode) -> dict[tuple[str, str], int]:
+    """Packets of each (scope, protocol), from the ruleset's named counters."""
+    return {
+        (scope.value, protocol.name.lower()): counter.packets
+        for scope in ruleset.CountedScope
+        for protocol in Protocol
+        if (counter := counters.get(ruleset.counter_name(mode, scope, protocol))) is not None
+    }
+
+
+def _cgroup_key(cgroup: procfs.Cgroup) -> bytes:
+    return cgroup.cgroup_id.to_bytes(8, sys.byteorder)
+
+
+def _u32(value: int) -> bytes:
+    return value.to_bytes(4, sys.byteorder)
+
+
+async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> None:
+    """Enforce until SIGTERM or SIGINT; enforcement stays in the kernel. SIGHUP reads the policy again.
+
+    Raises PolicyError, AlreadyRunningError, MetricsError or UnsupportedHostError before anything has been changed.
+    """
+    policy = read_policy()
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(control.hold(options.run_dir))
+        firewall = stack.enter_context(nft.Nft())
+        capabilities = firewall.probe()
+        if capabilities.missing:
+            lacking = ", ".join(f"{feature.name.lower()} ({feature.kernel_option})" for feature in capabilities.missing)
+            raise UnsupportedHostError(
+                f"this kernel's nf_tables lacks {lacking}; load the modules or boot a kernel that has them"
+            )
+        cgroup = options.cgroup or procfs.cgroup_root()
+        if cgroup is None:
+            log.warning("no cgroup v2 hierarchy is mounted: local sockets cannot be told apart and count as unknown")
+        try:
+            if bpf.ensure_bpffs(options.bpffs):
+                log.info("mounted a bpffs for %s", options.bpffs)
+            report = bpf.load(options.bpffs, loader=options.loader)
+            kernel = stack.enter_context(bpf.KernelState(report))
+            reader = stack.enter_context(bpf.EventReader(kernel.maps["events"]))
+        except bpf.BpfError as error:
+            raise UnsupportedHostError(str(error)) from None
+        for program, why in report.refused.items():
+            log.warning("this kernel does not take the BPF program %s: %s", program, why)
+        links = stack.enter_context(netlink.Netlink())
+        enforcement = Enforcement(
+            options,
+            policy,
+            firewall=firewall,
+            capabilities=capabilities,
+            kernel=kernel,
+            links=links,
+            cgroup=cgroup,
+        )
+        stack.enter_context(metrics.serve(enforcement.metrics, *options.metrics))
+        _remember_instance(options, cgroup)
+
+        ended: asyncio.Future[None] = loop.create_future()
+        _end_on_failure(loop, ended)
+        loop.add_reader(reader.fileno(), enforcement.take_events, reader)
+        stack.callback(loop.remove_reader, reader.fileno())
+        if cgroup is not None:
+            watch = stack.enter_context(procfs.CgroupWatch(cgroup, enforcement.cgroups_changed))
+            enforcement.know_cgroups(watch.known.values())
+        resolver_files = procfs.RESOLV_CONF, *procfs.UPSTREAM_RESOLV_CONFS
+        stack.enter_context(procfs.FileWatch(resolver_files, enforcement.follow_resolvers))
+        await enforcement.start()
+        bpf.remove_other_generations(report)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _end, ended)
+        loop.add_signal_handler(signal.SIGHUP, enforcement.reload, read_policy)
+
+        async with control.serve(options.run_dir, enforcement.answer):
+            announce(policy, f"metrics at http://{options.metrics[0]}:{options.metrics[1]}/metrics")
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(enforcement.keep_asking()),
+                    group.create_task(enforcement.follow_links()),
+                    group.create_task(_every(HOUSEKEEPING_SECONDS, enforcement.housekeeping)),
+                ]
+                await ended
+                for task in tasks:
+                    task.cancel()
+        log.info("stopped; what the kernel was told stays in force, `registry-enforcer remove` takes it out")
+
+
+def _end_on_failure(loop: asyncio.AbstractEventLoop, ended: asyncio.Future[None]) -> None:
+    """Make an exception in a callback or a task end the process: a daemon that lost a part of itself must not go on."""
+
+    def handle(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception") or RuntimeError(context["message"])
+        if not ended.done():
+            ended.set_exception(error)
+
+    loop.set_exception_handler(handle)
+
+
+def _end(ended: asyncio.Future[None]) -> None:
+    if not ended.done():
+        ended.set_result(None)
+
+
+async def _every(seconds: float, action: Callable[[], None]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        action()
+
+
+# --- remove ----------------------------------------------------------------------------------------------------------
+INSTANCE_NAME = "instance.json"
+
+
+def _remember_instance(options: Options, cgroup: Path | None) -> None:
+    """Note where this instance keeps its state in the kernel, for `remove`."""
+    places = {"bpffs": str(options.bpffs), "cgroup": None if cgroup is None else str(cgroup)}
+    (options.run_dir / INSTANCE_NAME).write_text(json.dumps(places))
+
+
+def remove(run_dir: Path, bpffs: Path | None, cgroup: Path | None) -> list[str]:
+    """Take the instance of `run_dir` out of the kernel: filters, attachments, pins, then the table; says what went.
+
+    AlreadyRunningError while its daemon runs, which would only put everything back.
+    """
+    try:
+        places = json.loads((run_dir / INSTANCE_NAME).read_text())
+    except (FileNotFoundError, ValueError):
+        places = {}
+    bpffs = bpffs or (Path(places["bpffs"]) if places.get("bpffs") else DEFAULT_BPFFS)
+    cgroup = cgroup or (Path(places["cgroup"]) if places.get("cgroup") else procfs.cgroup_root())
+    removed = []
+    with control.hold(run_dir), nft.Nft() as firewall, netlink.Netlink() as links:
+        # The table goes last: while anything is left, what has no permission is refused.
+        for interface in links.interfaces():
+            if links.attached(interface.index):
+                links.detach(interface.index)
+                removed.append(f"tc filters of {interface.name}")
+        pins = bpf.remove(bpffs, cgroup)
+        if pins:
+            removed.append(f"{len(pins)} BPF pins below {bpffs}")
+        if firewall.present():
+            firewall.apply(ruleset.render_removal())
+            removed.append(f"nftables table inet {ruleset.TABLE}")
+    for name in (INSTANCE_NAME, control.SOCKET_NAME, control.LOCK_NAME):
+        (run_dir / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty: it holds something that is not ours
+        run_dir.rmdir()
+    return removed
