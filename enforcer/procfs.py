@@ -106,16 +106,13 @@ def netns_cookie() -> int | None:
             return None
 
 
-def pidns_identity(namespace: Path = Path("/proc/1/ns/pid")) -> tuple[int, int] | None:
-    """(device, inode) of a pid namespace as bpf_get_ns_current_pid_tgid compares them; None if it cannot be seen.
+def pidns_identity(namespace: Path = Path("/proc/self/ns/pid")) -> tuple[int, int]:
+    """(device, inode) of a pid namespace, our own unless told, as bpf_get_ns_current_pid_tgid compares them.
 
-    The helper compares with the superblock's dev_t (fs/nsfs.c, ns_match), which packs 12:20 bits, while stat(2) gives
-    the older split encoding.
+    The helper compares with the superblock's dev_t (fs/nsfs.c, ns_match), which has the minor in its lower 20 bits;
+    stat(2) splits it. /proc/1/ns/pid is not for everyone: root with fewer capabilities than init is refused (EACCES).
     """
-    try:
-        status = namespace.stat()
-    except OSError:
-        return None
+    status = namespace.stat()
     return os.major(status.st_dev) << _KERNEL_MINOR_BITS | os.minor(status.st_dev), status.st_ino
 
 
@@ -217,8 +214,8 @@ class _Inotify:
 class FileWatch:
     """Calls back, on the event loop, when the content behind one of these paths has become another.
 
-    Whatever way: written in place and closed, renamed over, a symbolic link on the way turned elsewhere, the file or its
-    directory made or removed. Needs a running event loop.
+    Whatever way: written in place and closed, renamed over, a symbolic link turned elsewhere, the file or its directory
+    made or removed. Needs a running event loop.
     """
 
     def __init__(self, paths: Iterable[Path], callback: Callable[[], None]) -> None:
