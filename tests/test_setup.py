@@ -25,6 +25,7 @@ sed 's/^/installed /' "$SANDBOX/installed"
 # Records what it is asked and whether services could start meanwhile; installing fails, so that the script ends there.
 FAKE_APT_GET = """#!/bin/bash
 echo "$*" >>"$SANDBOX/asked"
+[[ $1 != -s ]] || { sed 's/^/Remv /' "$SANDBOX/would_remove"; exit 0; }
 [[ -x $POLICY_RC_D ]] && "$POLICY_RC_D"; echo $? >>"$SANDBOX/policy_said"
 case " $* " in *" install "*) [[ ! -e $SANDBOX/hang ]] || sleep 60; exit 100 ;; esac
 """
@@ -67,6 +68,7 @@ class Sandbox:
         executable(path / "bin/apt-get", FAKE_APT_GET)
         executable(path / "bin/sleep", "#!/bin/sh\n")  # between attempts
         (path / "installed").write_text("")
+        (path / "would_remove").write_text("")
         self.environment = {
             "PATH": f"{path}/bin:{os.environ['PATH']}",
             "SANDBOX": str(path),
@@ -94,7 +96,7 @@ class Sandbox:
     def asked_to_install(self) -> list[str]:
         """Arguments of the one apt-get install."""
         asked = (self.path / "asked").read_text().splitlines()
-        (install,) = [line.split() for line in asked if " install " in line]
+        (install,) = [line.split() for line in asked if " install " in line and not line.startswith("-s")]
         return install
 
 
@@ -105,25 +107,33 @@ def sandbox(tmp_path: Path) -> Sandbox:
 
 # --- tools/setup.sh --------------------------------------------------------------------------------------------------
 @pytest.mark.root
-def test_only_missing_packages_are_installed_and_nothing_is_removed_for_them(sandbox: Sandbox) -> None:
+def test_only_missing_packages_are_installed(sandbox: Sandbox) -> None:
     (sandbox.path / "installed").write_text("clang\nnftables\n")
     status, output = sandbox.run("tools/setup.sh", "run")
     install = sandbox.asked_to_install()
     assert status == 1
-    assert {"--no-remove", "--no-install-recommends", "libbpf1", "python3-bpfcc"} <= set(install)
+    assert {"--no-install-recommends", "libbpf1", "python3-bpfcc"} <= set(install)
     assert not {"clang", "nftables", "docker.io"} & set(install)
     assert "could not install" in output
 
 
 @pytest.mark.root
-def test_engine_of_another_vendor_is_not_replaced(sandbox: Sandbox) -> None:
+@pytest.mark.parametrize(("installed", "asked"), [("docker-ce", False), ("docker-ce-cli", True)])
+def test_engine_of_the_vendor_serves_as_well(sandbox: Sandbox, installed: str, asked: bool) -> None:
+    (sandbox.path / "installed").write_text(f"{installed}\n")
     sandbox.run("tools/setup.sh", "all")
-    without = shutil.which("dockerd") is None
-    assert ("docker.io" in sandbox.asked_to_install()) == without
-    (sandbox.path / "asked").unlink()
-    executable(sandbox.path / "bin/dockerd", "#!/bin/sh\n")
-    sandbox.run("tools/setup.sh", "all")
-    assert "docker.io" not in sandbox.asked_to_install()
+    assert ("docker.io" in sandbox.asked_to_install()) == asked
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("removed", "installs"), [("busybox", True), ("containerd.io", False)])
+def test_nothing_is_removed_for_a_package_but_what_it_replaces(sandbox: Sandbox, removed: str, installs: bool) -> None:
+    (sandbox.path / "would_remove").write_text(f"{removed} [1.0]\n")
+    _, output = sandbox.run("tools/setup.sh", "all")
+    assert (f"would remove: {removed}" in output) != installs
+    asked = (sandbox.path / "asked").read_text().splitlines()
+    assert any(line.startswith("-q") and " install " in line for line in asked) == installs
+    assert not sandbox.policy.exists()
 
 
 @pytest.mark.root

@@ -4,11 +4,12 @@
 #   tools/setup.sh run    what enforcing on this host needs
 #   tools/setup.sh all    what the tests, the lab and the demo need besides
 #
-# Packages are only added: none is upgraded or removed, and no service is started or restarted by their installation.
+# Packages are only added, but for busybox, which makes place for busybox-static: the same commands, for containers too.
+# No service is started or restarted by what is installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# A package, or package=command where another package's command serves as well (docker.io or the vendor's docker).
+# Packages of Debian and Ubuntu; a|b where b serves as well when it is there already.
 run_packages=(
     ca-certificates
     clang
@@ -24,21 +25,19 @@ run_packages=(
 )
 test_packages=(
     "${run_packages[@]}"
-    busybox-static=busybox
+    busybox-static
     clang-format
-    conntrack
-    curl=curl
-    dnsmasq-base=dnsmasq
+    curl
+    dnsmasq-base
     docker-registry
-    docker.io=dockerd
-    knot=knotd
-    openssl=openssl
-    podman=podman
-    prometheus=promtool
-    shellcheck=shellcheck
-    skopeo=skopeo
-    uidmap
-    unbound=unbound
+    "docker.io|docker-ce"
+    knot
+    openssl
+    podman
+    prometheus
+    shellcheck
+    skopeo
+    unbound
 )
 imports_of_run=(dns enforcer idna prometheus_client pyroute2)
 imports_of_all=("${imports_of_run[@]}" hypothesis mypy pytest pytest_timeout setuptools)
@@ -56,16 +55,11 @@ fail() {
 
 # What is not installed of the given requirements, as package names.
 missing_packages() {
-    local requirement package command installed
+    local requirement installed
     # shellcheck disable=SC2016 # the format is dpkg-query's
     installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' | sed -n 's/^installed //p')
     for requirement in "$@"; do
-        package=${requirement%%=*}
-        command=${requirement#*=}
-        if [[ $requirement == *=* ]] && PATH=$PATH:/usr/sbin:/sbin command -v "$command" >/dev/null; then
-            continue
-        fi
-        grep -qxF -e "$package" <<<"$installed" || printf '%s\n' "$package"
+        grep -qxF -e "${requirement//|/$'\n'}" <<<"$installed" || printf '%s\n' "${requirement%%|*}"
     done
 }
 
@@ -98,6 +92,14 @@ apt() {
     done
 }
 
+# Sharing a machine with other software comes before setting up.
+refuse_removals() {
+    local removed
+    removed=$(apt-get -s install --no-install-recommends "$@" 2>/dev/null | sed -n 's/^Remv \([^ ]*\).*/\1/p')
+    [[ -z $removed || $removed == busybox ]] ||
+        fail "installing $* would remove: ${removed//$'\n'/ }" "settle that by hand, then make setup"
+}
+
 install_packages() {
     local attempt
     ((EUID == 0)) || fail "missing packages: $*" "run make setup as root, or have them installed first"
@@ -113,7 +115,8 @@ install_packages() {
         apt update && break
         ((attempt == 3)) || sleep 5 # another apt may hold the lists
     done
-    apt install -y --no-install-recommends --no-remove "$@" || {
+    refuse_removals "$@"
+    apt install -y --no-install-recommends "$@" || {
         tail -n 15 "$log" >&2
         fail "apt-get could not install: $*" \
             "no network, or a package source is missing (Ubuntu: universe)? The whole story is in $log"
@@ -122,7 +125,7 @@ install_packages() {
 }
 
 check_os() {
-    local id needed=("${requirements[@]%%=*}")
+    local id needed=("${requirements[@]%%|*}")
     if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
         id=$(sed -n 's/^PRETTY_NAME="\(.*\)"$/\1/p' /etc/os-release) || true
         fail "this is ${id:-not Debian}, and only Debian 12 and Ubuntu 24.04 (or later) are set up by this script" \
