@@ -28,7 +28,8 @@ _A, _AAAA = 1, 28
 
 
 def attempt(address: str, port: int, timeout: float, source_port: int = 0) -> Reply:
-    """One TCP connection. Reply: verdict (reached, refused, timed out, error), seconds, address, message."""
+    """One TCP connection. Reply: verdict (reached, refused, timed out, error), seconds, address, message, and the mark
+    that the socket has then."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     started = time.monotonic()
     verdict, message = "reached", ""
@@ -43,12 +44,9 @@ def attempt(address: str, port: int, timeout: float, source_port: int = 0) -> Re
         except OSError as error:
             verdict = "refused" if error.errno in _REFUSED else "error"
             message = error.strerror or str(error)
-    return {
-        "verdict": verdict,
-        "seconds": time.monotonic() - started,
-        "address": address,
-        "message": message,
-    }
+        seconds = time.monotonic() - started
+        mark = connection.getsockopt(socket.SOL_SOCKET, socket.SO_MARK)
+    return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark}
 
 
 def resolve(name: str, family: int = 0) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from tests.lab import internet
 from tests.lab.enforcer import Enforcer, policy
 from tests.lab.internet import fresh_name
-from tests.lab.lab import RESOLVER, Agent, Lab, poll
+from tests.lab.lab import RESOLVER, Agent, Lab, missing_tools, poll
 
 STUB = "127.0.0.53"
 NAMES = 1_000
@@ -93,6 +93,9 @@ def stub_resolver(lab: Lab) -> Iterator[None]:
 
 def main() -> int:
     """Print the table; 1 if a connection with enforcement was slow or failed."""
+    if missing := missing_tools():
+        print(f"bench: needs {', '.join(missing)}: make setup")
+        return 2
     fresh = FreshNames()
     results: dict[str, Measurement] = {}
     with Lab() as lab:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,14 +11,13 @@ from tests.lab import internet
 from tests.lab.bench import FreshNames
 from tests.lab.clients import Clients
 from tests.lab.enforcer import COMMAND, Enforcer, policy
-from tests.lab.lab import PATH, TOOLS, Lab
+from tests.lab.lab import Lab, missing_tools
 
 
 @pytest.fixture(scope="session")
 def built() -> Iterator[tuple[Lab, Clients]]:
     """The lab with its internet and its clients; no enforcer yet."""
-    missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
-    if missing:
+    if missing := missing_tools():
         pytest.skip(f"the lab needs {', '.join(missing)}: make setup")
     with Lab() as lab:
         yield lab, Clients(lab, internet.start(lab))

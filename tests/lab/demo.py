@@ -7,7 +7,6 @@ and containers try allowed and other registries. Exit code 1 if anything was not
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import textwrap
@@ -19,7 +18,7 @@ from tests.lab import internet
 from tests.lab.clients import Clients
 from tests.lab.enforcer import Enforcer, policy
 from tests.lab.internet import EVIL_ADDRESS
-from tests.lab.lab import PATH, TOOLS, Lab, Outcome
+from tests.lab.lab import Lab, Outcome, missing_tools
 
 REFUSED_WITHIN = 5.0  # seconds
 SHOWN_METRICS = (
@@ -118,7 +117,7 @@ def main() -> int:
     if os.geteuid() != 0:
         _say("needs root, for network namespaces of its own")
         return 2
-    if missing := [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]:
+    if missing := missing_tools():
         _say(f"needs {', '.join(missing)}: make setup")
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the lab is taken down

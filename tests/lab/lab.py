@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -44,13 +44,13 @@ DOCKER_BRIDGE = "10.78.0.1/24"
 DOCKER_NET6 = "fd00:78::/64"
 
 # What the lab runs, beside what every Debian has.
-TOOLS = (
-    "bpftool", "busybox", "curl", "dnsmasq", "docker", "docker-registry", "dockerd", "ip", "knotd", "nft", "openssl",
+_TOOLS = (
+    "busybox", "curl", "dnsmasq", "docker", "docker-registry", "dockerd", "ip", "knotd", "nft", "openssl",
     "podman", "promtool", "skopeo", "unbound",
 )  # fmt: skip
 
 _PREFIX = "re-lab-"
-PATH = "/usr/sbin:/usr/bin:/sbin:/bin"  # the distribution's clients, not another docker that may come first
+_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"  # the distribution's clients, not another docker that may come first
 _DEADLINE = 30.0
 
 
@@ -80,6 +80,11 @@ def poll(what: str, condition: Callable[[], object], deadline_seconds: float = _
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {deadline_seconds:.0f} s")
         time.sleep(0.02)
+
+
+def missing_tools() -> list[str]:
+    """What the lab needs and this machine lacks."""
+    return [tool for tool in _TOOLS if shutil.which(tool, path=_PATH) is None]
 
 
 class Agent:
@@ -146,9 +151,10 @@ class Lab:
 
     def __enter__(self) -> Self:
         remove_leftovers()
-        self.directory.mkdir(mode=0o700)
-        self._lock = (self.directory / "lock").open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _nobody_else_comes_or_goes():
+            self.directory.mkdir(mode=0o700)
+            self._lock = (self.directory / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         try:
             self._build()
         except BaseException:
@@ -265,7 +271,7 @@ class Lab:
     def environment(self) -> dict[str, str]:
         """A clean one: nothing of this machine's proxies, certificates or docker contexts."""
         home = str(self.directory / "home")
-        return {"PATH": PATH, "HOME": home, "LANG": "C.UTF-8", "DOCKER_CONFIG": home + "/docker"}
+        return {"PATH": _PATH, "HOME": home, "LANG": "C.UTF-8", "DOCKER_CONFIG": home + "/docker"}
 
     def spawn(self, where: str, argv: Sequence[str], log: str, *, mounts: bool = True) -> subprocess.Popen[bytes]:
         """Start a process that lives until the lab ends; its output goes to `log`."""
@@ -338,10 +344,19 @@ def destroy(name: str) -> None:
 
 def remove_leftovers() -> None:
     """Destroy labs whose process has gone: nobody holds the lock on their directory."""
-    for directory in _root().glob(f"{_PREFIX}*"):
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), (directory / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            destroy(directory.name)
+    with _nobody_else_comes_or_goes():
+        for directory in _root().glob(f"{_PREFIX}*"):
+            with contextlib.suppress(BlockingIOError), (directory / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                destroy(directory.name)
+
+
+@contextlib.contextmanager
+def _nobody_else_comes_or_goes() -> Iterator[None]:
+    """No lab may be taken for a leftover between its directory and its lock."""
+    with (_root() / "re-labs.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _root() -> Path:
