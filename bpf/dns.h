@@ -1,0 +1,630 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * DNS messages: remember a question that leaves, learn the addresses of its answer.
+ *
+ * One loop of small steps with a constant bound. A name is read up to eight bytes a step; the question's is stored
+ * (lower case, and reversed for `names`), an owner's is compared with it, a CNAME's target replaces it. What does not
+ * fit is left to the daemon, which gets a copy (OUTCOME_UNREADABLE); nothing is ever learned from it here.
+ */
+#ifndef REGISTRY_ENFORCER_DNS_H
+#define REGISTRY_ENFORCER_DNS_H
+
+#define MAX_STEPS	  32 /* of all messages of a packet; 3 CNAMEs and 32 addresses take about 100 */
+#define MAX_RECORDS	  32
+#define MAX_MESSAGES	  2 /* in one TCP segment: glibc sends the questions for A and AAAA together */
+#define DNS_HEADER_BYTES  12
+#define QUESTION_BYTES	  4  /* after the name: type, class */
+#define RECORD_BYTES	  10 /* after the name: type, class, TTL, length of the data */
+#define TCP_LENGTH_BYTES  2
+#define MAX_LABEL_BYTES	  63
+#define MAX_WIRE_NAME	  255
+#define POINTER		  0xc0 /* the two high bits of a compression pointer (RFC 1035 section 4.1.4) */
+#define POINTER_BYTES	  2
+#define FLAG_ANSWER	  0x8000
+#define FLAGS_OPCODE	  0x7800
+#define FLAG_TRUNCATED	  0x0200
+#define FLAGS_RCODE	  0x000f
+#define CLASS_IN	  1
+#define TYPE_A		  1
+#define TYPE_CNAME	  5
+#define TYPE_AAAA	  28
+#define NANOSECONDS	  1000000000ULL
+#define PREFIX_BITS_BYTES 4
+#define BYTES_OF(x)	  (0x0101010101010101ULL * (x))
+
+enum step {
+	STEP_NAME,    /* some bytes of a name */
+	STEP_ASKED,   /* the question's name is known */
+	STEP_OWNER,   /* a record begins */
+	STEP_SKIP,    /* a label of an owner that is not the chain's */
+	STEP_RECORD,  /* what follows the owner */
+	STEP_INSERT,  /* one (address, port) */
+	STEP_FINISH,  /* count, tell the daemon */
+	STEP_MESSAGE, /* the next message of the packet */
+	STEP_END,
+};
+
+enum purpose {
+	NAME_QUESTION,
+	NAME_OWNER,
+	NAME_TARGET,
+};
+
+/* Eight bytes at once: 'A' .. 'Z' to lower case, others as they are. */
+INLINE __u64 lower_case(__u64 word)
+{
+	__u64 low = word & BYTES_OF(0x7f);
+	__u64 from_a = low + BYTES_OF(0x80 - 'A');
+	__u64 beyond_z = low + BYTES_OF(0x7f - 'Z');
+	__u64 upper = (from_a & ~beyond_z & ~word) & BYTES_OF(0x80);
+
+	return word | upper >> 2;
+}
+
+/* Non-zero if one of the eight bytes is zero. */
+INLINE __u64 has_zero(__u64 word)
+{
+	return (word - BYTES_OF(1)) & ~word & BYTES_OF(0x80);
+}
+
+/* Keyed by its start; only its secret key keeps a forger from fitting a question to it. */
+INLINE __u64 mix(__u64 hash, __u64 word)
+{
+	hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
+	return hash ^ hash >> 32;
+}
+
+INLINE const __u8 *wire_at(struct scratch *s, __u64 offset)
+{
+	return s->wire + MASKED(offset, MAX_WIRE_BYTES - 1);
+}
+
+/* Where the character at `position` of `chain` stands in `reversed`; the sum never goes down, for the verifier. */
+INLINE __u8 *reversed_at(struct scratch *s, __u64 position)
+{
+	return s->reversed + (REVERSED_END - CHAIN_MASK) + MASKED(CHAIN_MASK - position, CHAIN_MASK);
+}
+
+INLINE void finish(struct scratch *s, __u64 outcome)
+{
+	s->outcome = outcome;
+	s->step = STEP_FINISH;
+}
+
+/* No more of this message is understood: what was learned stays, the daemon gets the rest. */
+INLINE void leave_to_daemon(struct scratch *s)
+{
+	finish(s, OUTCOME_UNREADABLE);
+}
+
+INLINE void start_name(struct scratch *s, __u64 purpose, __u64 at, __u64 limit)
+{
+	s->purpose = purpose;
+	s->at = at;
+	s->limit = limit;
+	s->lowest = at;
+	s->resume = 0;
+	s->left = 0;
+	s->position = 0;
+	s->step = STEP_NAME;
+}
+
+INLINE void bad_name(struct scratch *s)
+{
+	if (s->purpose == NAME_QUESTION)
+		finish(s, OUTCOME_MALFORMED);
+	else
+		leave_to_daemon(s);
+}
+
+/* The owner is another name than the chain's: on to its end, which may be known already. */
+INLINE void skip_owner(struct scratch *s)
+{
+	if (s->resume) {
+		s->at = s->resume;
+		s->position = MAX_WIRE_NAME; /* marks a skipped owner for read_record() */
+		s->step = STEP_RECORD;
+	} else {
+		s->at += s->left;
+		s->step = STEP_SKIP;
+	}
+}
+
+INLINE void end_of_name(struct scratch *s)
+{
+	__u64 behind = s->resume ? s->resume : s->at;
+
+	if (s->purpose == NAME_QUESTION) {
+		if (s->resume) {
+			bad_name(s);
+			return;
+		}
+		s->step = STEP_ASKED;
+	} else if (s->purpose == NAME_OWNER) {
+		s->at = behind;
+		s->position = 0;
+		s->step = STEP_RECORD;
+	} else if (behind == s->rdata_end) {
+		s->at = behind;
+		s->step = STEP_OWNER;
+	} else {
+		bad_name(s);
+	}
+}
+
+/* A label's length or a pointer, then up to eight bytes of the label. */
+INLINE void read_name(struct scratch *s)
+{
+	__u64 chunk, word, there;
+
+	if (!s->left) {
+		__u64 first = *wire_at(s, s->at);
+		__u8 *chain = s->chain + MASKED(s->position, CHAIN_MASK);
+
+		if (s->at >= s->limit) {
+			bad_name(s);
+			return;
+		}
+		if (first >= POINTER) {
+			__u64 target = field_16(wire_at(s, s->at)) & 0x3fff;
+
+			if (s->at + POINTER_BYTES > s->limit || target >= s->lowest) {
+				bad_name(s);
+				return;
+			}
+			if (!s->resume)
+				s->resume = s->at + POINTER_BYTES;
+			s->limit = s->lowest;
+			s->lowest = target;
+			s->at = target;
+			return;
+		}
+		if (first > MAX_LABEL_BYTES || s->at + 1 + first > s->limit) {
+			bad_name(s);
+			return;
+		}
+		if (s->purpose == NAME_OWNER) {
+			if (*chain != first) {
+				skip_owner(s);
+				return;
+			}
+		} else {
+			if (s->position + 1 + first + !!first > MAX_WIRE_NAME) {
+				bad_name(s);
+				return;
+			}
+			*chain = first;
+			if (first)
+				*reversed_at(s, s->position) = s->position ? '.' : 0;
+			s->hash = mix(s->hash, first);
+		}
+		s->at++;
+		if (!first) {
+			end_of_name(s);
+			return;
+		}
+		s->position++;
+		s->left = first;
+	}
+
+	chunk = s->left > 8 ? 8 : s->left;
+	there = 64 - 8 * chunk; /* bits of the words that belong to what follows */
+	word = lower_case(NETWORK_64(*(const __u64 *)wire_at(s, s->at)));
+	if (s->purpose == NAME_OWNER) {
+		__u64 mine = NETWORK_64(*(__u64 *)(s->chain + MASKED(s->position, CHAIN_MASK)));
+
+		if ((word ^ mine) >> there) {
+			skip_owner(s);
+			return;
+		}
+	} else {
+		__u64 rest = (1ULL << (there & 63)) - 1;
+
+		*(__u64 *)(s->chain + MASKED(s->position, CHAIN_MASK)) = NETWORK_64(word);
+		*(__u64 *)(reversed_at(s, s->position) - 7) = word;
+		s->hash = mix(s->hash, word >> there);
+		word |= rest; /* bytes that are neither dot nor NUL */
+		if (has_zero(word) || has_zero(word ^ BYTES_OF('.')))
+			s->odd = 1;
+	}
+	s->at += chunk;
+	s->position += chunk;
+	s->left -= chunk;
+}
+
+/* The next message of the packet into `wire`; 0 if there is none (an ACK, a length alone). */
+INLINE int next_message(struct __sk_buff *skb, struct scratch *s)
+{
+	__u64 at = s->next, there, length;
+
+	if (s->packet.protocol == IPPROTO_TCP) {
+		if (at + TCP_LENGTH_BYTES >= s->packet.end)
+			return 0;
+		if (!load_bytes(skb, at, s->wire, TCP_LENGTH_BYTES))
+			return 0;
+		at += TCP_LENGTH_BYTES;
+		s->whole = field_16(s->wire);
+	} else {
+		if (at >= s->packet.datagram_end)
+			return 0;
+		s->whole = s->packet.datagram_end - at;
+	}
+	if (at >= s->packet.end)
+		return 0;
+	there = s->packet.end - at;
+	if (there > s->whole)
+		there = s->whole;
+	if (there > MAX_WIRE_BYTES)
+		there = MAX_WIRE_BYTES;
+	s->length = there;
+	s->next = at + s->whole;
+	if (!there)
+		return 0;
+	length = MASKED(there - 1, MAX_WIRE_BYTES - 1) + 1;
+	return load_bytes(skb, at, s->wire, length);
+}
+
+INLINE void start_question(struct scratch *s, struct settings *settings)
+{
+	s->hash = settings->question_key;
+	s->odd = 0;
+	start_name(s, NAME_QUESTION, DNS_HEADER_BYTES, s->length);
+}
+
+/* Hash of the question that was read, 0 if it is cut; `at` is then behind it. */
+INLINE __u64 question_hash(struct scratch *s)
+{
+	if (s->at + QUESTION_BYTES > s->length)
+		return 0;
+	s->at += QUESTION_BYTES;
+	return mix(s->hash, field_32(wire_at(s, s->at - QUESTION_BYTES))) | 1;
+}
+
+INLINE void set_query_key(struct scratch *s, const __u8 *resolver, const __u8 *client, __u64 client_port)
+{
+	copy_ipv6(s->query_key.resolver, resolver);
+	copy_ipv6(s->query_key.client, client);
+	s->query_key.client_port = NETWORK_16((__u16)client_port);
+	s->query_key.transaction_id = *(__u16 *)s->wire;
+	s->query_key.protocol = s->packet.protocol;
+}
+
+/* --- queries ----------------------------------------------------------------------------------------------------- */
+
+INLINE void track_message(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
+{
+	s->step = STEP_END;
+	if (!next_message(skb, s) || s->length < DNS_HEADER_BYTES || s->length < s->whole)
+		return;
+	if (field_16(s->wire + 2) & (FLAG_ANSWER | FLAGS_OPCODE) || field_16(s->wire + 4) != 1)
+		return;
+	start_question(s, settings);
+}
+
+INLINE void track_question(struct scratch *s)
+{
+	__u64 hash = question_hash(s);
+
+	s->step = STEP_END;
+	if (!hash)
+		return;
+	s->query.question_hash = hash;
+	s->query.asked_at = s->now;
+	set_query_key(s, s->packet.destination, s->packet.source, s->packet.source_port);
+	remember_query(&s->query_key, &s->query);
+	if (s->packet.protocol == IPPROTO_TCP)
+		s->step = STEP_MESSAGE;
+}
+
+INLINE void track_queries(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
+{
+	int i;
+
+	if (s->packet.destination_port != DNS_PORT || s->packet.fragment || !find_resolver((void *)s->packet.destination))
+		return;
+	s->now = now_ns();
+	s->next = s->packet.payload;
+	s->step = STEP_MESSAGE;
+	FORGET();
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_STEPS; i++) {
+		if (s->step == STEP_NAME)
+			read_name(s);
+		else if (s->step == STEP_MESSAGE)
+			track_message(skb, s, settings);
+		else if (s->step == STEP_ASKED)
+			track_question(s);
+		else
+			return;
+		if (s->step == STEP_FINISH) /* a name that cannot be read */
+			return;
+		FORGET();
+	}
+}
+
+/* --- answers ----------------------------------------------------------------------------------------------------- */
+
+/* Header and query of the next message. */
+INLINE void start_answer(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
+{
+	struct query *query;
+	__u64 flags, asked_at;
+
+	s->listed = 0;
+	s->unfit = 0;
+	s->inserted = 0;
+	s->permitted = 0;
+	if (s->seen == MAX_MESSAGES || !next_message(skb, s)) {
+		s->step = STEP_END;
+		return;
+	}
+	flags = field_16(s->wire + 2);
+	if (s->length < DNS_HEADER_BYTES || !(flags & FLAG_ANSWER) || flags & FLAGS_OPCODE || field_16(s->wire + 4) != 1) {
+		finish(s, OUTCOME_MALFORMED);
+		return;
+	}
+	set_query_key(s, s->packet.source, s->packet.destination, s->packet.destination_port);
+	query = find_query(&s->query_key);
+	if (!query) {
+		finish(s, OUTCOME_UNSOLICITED);
+		return;
+	}
+	s->expected = query->question_hash;
+	asked_at = query->asked_at;
+	forget_query(&s->query_key); /* a second answer teaches nothing */
+	if (s->now - asked_at > settings->query_window) {
+		finish(s, OUTCOME_UNSOLICITED);
+		return;
+	}
+	start_question(s, settings);
+}
+
+/* Is it the question that was asked, is its name in the policy, is there anything to learn? */
+INLINE void judge_question(struct scratch *s)
+{
+	__u64 text = s->position - 1; /* bytes of the name's text */
+	__u64 flags = field_16(s->wire + 2), records = field_16(s->wire + 6);
+	__u64 hash;
+	struct name_rule *rule;
+	struct name_key *key;
+
+	hash = question_hash(s);
+	if (!hash) {
+		finish(s, OUTCOME_MALFORMED);
+		return;
+	}
+	if (hash != s->expected) {
+		finish(s, OUTCOME_MISMATCHED);
+		return;
+	}
+	if (s->position < 2 || s->odd) {
+		finish(s, OUTCOME_UNLISTED);
+		return;
+	}
+	key = (void *)(reversed_at(s, text) - PREFIX_BITS_BYTES);
+	key->prefix_bits = (text + 1) * 8; /* with the NUL that ends exact names */
+	rule = find_name(key);
+	if (!rule || field_16(wire_at(s, s->at - 2)) != CLASS_IN) {
+		finish(s, OUTCOME_UNLISTED);
+		return;
+	}
+	s->rule = *rule;
+	s->type = field_16(wire_at(s, s->at - QUESTION_BYTES));
+	if (s->type != TYPE_A && s->type != TYPE_AAAA) {
+		finish(s, OUTCOME_NO_ADDRESS);
+		return;
+	}
+	s->listed = 1;
+	if (flags & FLAG_TRUNCATED || s->length < s->whole || s->packet.fragment) {
+		leave_to_daemon(s);
+		return;
+	}
+	if (flags & FLAGS_RCODE) {
+		finish(s, OUTCOME_NO_ADDRESS);
+		return;
+	}
+	s->unfit = records > MAX_RECORDS;
+	s->records = records > MAX_RECORDS ? MAX_RECORDS : records;
+	s->chain_at = DNS_HEADER_BYTES;
+	s->step = STEP_OWNER;
+}
+
+/* A record's owner; nearly always a pointer to where the chain's name stands. */
+INLINE void start_record(struct scratch *s)
+{
+	__u64 at = s->at;
+
+	if (!s->records) {
+		finish(s, s->unfit      ? OUTCOME_UNREADABLE
+			  : s->inserted ? OUTCOME_LEARNED
+			  : s->permitted ? OUTCOME_REPEATED
+					: OUTCOME_NO_ADDRESS);
+		return;
+	}
+	s->records--;
+	if (at + POINTER_BYTES <= s->length && field_16(wire_at(s, at)) == (POINTER << 8 | s->chain_at)) {
+		s->at = at + POINTER_BYTES;
+		s->position = 0;
+		s->step = STEP_RECORD;
+		return;
+	}
+	start_name(s, NAME_OWNER, at, s->length);
+}
+
+/* One label of an owner that is another name, without following pointers. */
+INLINE void skip_label(struct scratch *s)
+{
+	__u64 first = *wire_at(s, s->at);
+
+	if (s->at >= s->length || (first > MAX_LABEL_BYTES && first < POINTER)) {
+		leave_to_daemon(s);
+		return;
+	}
+	s->position = MAX_WIRE_NAME;
+	s->at += first >= POINTER ? POINTER_BYTES : 1 + first;
+	if (!first || first >= POINTER)
+		s->step = STEP_RECORD;
+}
+
+/* Whether the address of an answer may be learned at all: `ranges` hold what may not. */
+INLINE int may_be_learned(struct scratch *s)
+{
+	__u32 *range_class;
+
+	s->range_key.prefix_bits = 128;
+	copy_ipv6(s->range_key.address, s->learned_key.address);
+	range_class = find_range(&s->range_key);
+	if (!range_class)
+		return 1;
+	return *range_class == RANGE_PRIVATE && s->rule.private_addresses;
+}
+
+/* Expiry of what a record teaches. TTLs of 2^31 and more count as 0 (RFC 2181 section 8). */
+INLINE __u64 expiry(struct settings *settings, __u64 now, __u64 ttl_seconds)
+{
+	__u64 lifetime = ttl_seconds >> 31 ? 0 : ttl_seconds * NANOSECONDS;
+
+	if (lifetime < settings->lifetime_floor)
+		lifetime = settings->lifetime_floor;
+	if (lifetime > settings->lifetime_ceiling)
+		lifetime = settings->lifetime_ceiling;
+	return now + lifetime;
+}
+
+INLINE void read_record(struct scratch *s, struct settings *settings)
+{
+	const __u8 *record = wire_at(s, s->at);
+	__u64 type = field_16(record), class = field_16(record + 2), ttl = field_32(record + 4);
+	__u64 data = s->at + RECORD_BYTES, size = field_16(record + 8);
+	__u64 end = data + size;
+	const __u8 *address = wire_at(s, data);
+
+	if (end > s->length) {
+		leave_to_daemon(s);
+		return;
+	}
+	s->rdata_end = end;
+	s->at = end; /* unless something below says otherwise, the next record */
+	s->step = STEP_OWNER;
+	if (class != CLASS_IN || (type != TYPE_CNAME && type != s->type))
+		return;
+	if (s->position == MAX_WIRE_NAME) { /* not of the chain: another order, or nothing of ours */
+		s->unfit = 1;
+		return;
+	}
+	if (type == TYPE_CNAME) {
+		s->chain_at = data;
+		start_name(s, NAME_TARGET, data, end);
+		return;
+	}
+	if (size != (type == TYPE_A ? 4 : 16)) {
+		leave_to_daemon(s);
+		return;
+	}
+	if (type == TYPE_A) {
+		map_ipv4(s->learned_key.address, address);
+	} else {
+		copy_ipv6(s->learned_key.address, address);
+		if (!*(__u64 *)s->learned_key.address && *(__u32 *)(s->learned_key.address + 8) == NETWORK_32(0x0000ffffU))
+			return; /* an IPv4 address in disguise */
+	}
+	if (!may_be_learned(s))
+		return;
+	s->learned.expires_at = expiry(settings, s->now, ttl);
+	s->learned.pattern_id = s->rule.pattern_id;
+	s->port_index = 0;
+	s->step = STEP_INSERT;
+}
+
+INLINE void insert_address(struct scratch *s, struct settings *settings)
+{
+	struct learned_value *known;
+	__u64 expires_at = s->learned.expires_at, known_until = 0;
+
+	if (s->port_index >= s->rule.port_count) {
+		s->step = STEP_OWNER;
+		return;
+	}
+	s->learned_key.port = s->rule.ports[MASKED(s->port_index, MAX_PORTS_PER_NAME - 1)];
+	s->learned_key.padding = 0;
+	s->port_index++;
+	s->permitted++;
+	known = find_learned(&s->learned_key);
+	if (known && known->expires_at > s->now) {
+		if (known->pattern_id == s->learned.pattern_id && expires_at < known->expires_at + settings->refresh_margin)
+			return;
+		known_until = known->expires_at;
+	}
+	if (known_until > expires_at)
+		s->learned.expires_at = known_until; /* taught by two patterns: the longer lifetime counts here */
+	if (learn_address(&s->learned_key, &s->learned))
+		s->unfit = 1;
+	else
+		s->inserted++;
+	s->learned.expires_at = expires_at;
+}
+
+INLINE void finish_answer(struct __sk_buff *skb, struct scratch *s)
+{
+	__u64 outcome = s->outcome;
+
+	if (s->listed && (outcome == OUTCOME_LEARNED || outcome == OUTCOME_UNREADABLE)) {
+		s->event.at = s->now;
+		s->event.interface = skb->ifindex;
+		s->event.message_length = s->whole;
+		s->event.wire_length = s->length;
+		s->event.outcome = outcome;
+		s->event.protocol = s->packet.protocol;
+		s->event.inserted = s->inserted;
+		copy_ipv6(s->event.resolver, s->packet.source);
+		FORGET();
+		if (send_event(skb, &s->event, sizeof(s->event) + MASKED(s->length - 1, MAX_WIRE_BYTES - 1) + 1))
+			outcome = OUTCOME_EVENT_LOST;
+	}
+	count(outcome);
+	s->seen++;
+	s->step = s->packet.protocol == IPPROTO_TCP ? STEP_MESSAGE : STEP_END;
+}
+
+INLINE void learn_answers(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
+{
+	int i;
+
+	if (s->packet.source_port != DNS_PORT)
+		return;
+	if (!find_resolver((void *)s->packet.source)) {
+		count(OUTCOME_UNTRUSTED);
+		return;
+	}
+	s->now = now_ns();
+	s->next = s->packet.payload;
+	s->seen = 0;
+	s->step = STEP_MESSAGE;
+	FORGET();
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_STEPS; i++) {
+		if (i == MAX_STEPS - 1 && s->step < STEP_FINISH)
+			leave_to_daemon(s); /* more than fits, and this last step tells the daemon */
+		if (s->step == STEP_OWNER)
+			start_record(s);
+		if (s->step == STEP_RECORD)
+			read_record(s, settings);
+		else if (s->step == STEP_NAME)
+			read_name(s);
+		else if (s->step == STEP_INSERT)
+			insert_address(s, settings);
+		else if (s->step == STEP_SKIP)
+			skip_label(s);
+		else if (s->step == STEP_MESSAGE)
+			start_answer(skb, s, settings);
+		else if (s->step == STEP_ASKED)
+			judge_question(s);
+		else if (s->step == STEP_FINISH)
+			finish_answer(skb, s);
+		else
+			return;
+		FORGET();
+	}
+}
+
+#endif

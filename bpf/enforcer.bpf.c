@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/*
+ * The kernel's half of registry-enforcer: learn from DNS answers, vouch for connections, stamp whose socket it is.
+ * It only ever permits; nftables refuses. A parse failure means no permission.
+ *
+ *	learn		tc ingress of uplinks and lo
+ *	track_query	tc egress of uplinks and lo
+ *	gate		tc ingress of every other interface
+ *	connect4 ...	cgroup hooks; _pidns: where bpf_get_ns_current_pid_tgid is allowed in them (6.10)
+ *	sock_create	cgroup hook: the scope of raw sockets and of first UDP packets
+ *
+ * Each loads alone: where a kernel refuses one, the others still serve.
+ */
+#include "build.h"
+#include "shared.h"
+#include "packet.h"
+#include "maps.h"
+
+/* Every use of a map: bcc rewrites map operations in this file only, and never inside a macro. */
+/* clang-format off */
+#ifdef BUILT_BY_BCC
+INLINE struct settings *find_settings(void) { __u32 zero = 0; return settings.lookup(&zero); }
+INLINE struct scratch *find_scratch(void) { __u32 zero = 0; return scratches.lookup(&zero); }
+INLINE __u64 *find_counter(__u32 *key) { return counters.lookup(key); }
+INLINE struct name_rule *find_name(struct name_key *key) { return names.lookup(key); }
+INLINE __u8 *find_resolver(struct address *key) { return resolvers.lookup(key); }
+INLINE __u32 *find_range(struct range_key *key) { return ranges.lookup(key); }
+INLINE __u32 *find_program(struct program_name *key) { return programs.lookup(key); }
+INLINE __u32 *find_cgroup(__u64 *key) { return cgroups.lookup(key); }
+INLINE struct query *find_query(struct query_key *key) { return queries.lookup(key); }
+INLINE int remember_query(struct query_key *key, struct query *value) { return queries.update(key, value); }
+INLINE int forget_query(struct query_key *key) { return queries.delete(key); }
+INLINE struct learned_value *find_learned(struct learned_key *key) { return learned.lookup(key); }
+INLINE int learn_address(struct learned_key *key, struct learned_value *value) { return learned.update(key, value); }
+#ifdef LEGACY_EVENTS
+INLINE int send_event(void *context, void *event, __u32 size) { return events.perf_submit(context, event, size); }
+#else
+INLINE int send_event(void *context, void *event, __u32 size) { return events.ringbuf_output(event, size, 0); }
+#endif
+#else
+INLINE struct settings *find_settings(void) { __u32 zero = 0; return bpf_map_lookup_elem(&settings, &zero); }
+INLINE struct scratch *find_scratch(void) { __u32 zero = 0; return bpf_map_lookup_elem(&scratches, &zero); }
+INLINE __u64 *find_counter(__u32 *key) { return bpf_map_lookup_elem(&counters, key); }
+INLINE struct name_rule *find_name(struct name_key *key) { return bpf_map_lookup_elem(&names, key); }
+INLINE __u8 *find_resolver(struct address *key) { return bpf_map_lookup_elem(&resolvers, key); }
+INLINE __u32 *find_range(struct range_key *key) { return bpf_map_lookup_elem(&ranges, key); }
+INLINE __u32 *find_program(struct program_name *key) { return bpf_map_lookup_elem(&programs, key); }
+INLINE __u32 *find_cgroup(__u64 *key) { return bpf_map_lookup_elem(&cgroups, key); }
+INLINE struct query *find_query(struct query_key *key) { return bpf_map_lookup_elem(&queries, key); }
+INLINE int remember_query(struct query_key *key, struct query *value) { return bpf_map_update_elem(&queries, key, value, BPF_ANY); }
+INLINE int forget_query(struct query_key *key) { return bpf_map_delete_elem(&queries, key); }
+INLINE struct learned_value *find_learned(struct learned_key *key) { return bpf_map_lookup_elem(&learned, key); }
+INLINE int learn_address(struct learned_key *key, struct learned_value *value) { return bpf_map_update_elem(&learned, key, value, BPF_ANY); }
+#ifdef LEGACY_EVENTS
+INLINE int send_event(void *context, void *event, __u32 size) { return bpf_perf_event_output(context, &events, BPF_F_CURRENT_CPU, event, size); }
+#else
+INLINE int send_event(void *context, void *event, __u32 size) { return bpf_ringbuf_output(&events, event, size, 0); }
+#endif
+#endif
+/* clang-format on */
+
+INLINE void count(__u32 outcome)
+{
+	__u64 *counter = find_counter(&outcome);
+
+	if (counter)
+		*counter += 1;
+}
+
+#include "gate.h"
+#include "dns.h"
+
+PROGRAM("tc")
+int learn(struct __sk_buff *skb)
+{
+	struct settings *settings = find_settings();
+	struct scratch *scratch = find_scratch();
+
+	if (!settings || !scratch || !settings->configured)
+		return TC_ACT_UNSPEC;
+	clear_mark(skb, settings);
+	if (read_packet(skb, &scratch->packet))
+		learn_answers(skb, scratch, settings);
+	return TC_ACT_UNSPEC;
+}
+
+PROGRAM("tc")
+int track_query(struct __sk_buff *skb)
+{
+	struct settings *settings = find_settings();
+	struct scratch *scratch = find_scratch();
+
+	if (!settings || !scratch || !settings->configured)
+		return TC_ACT_UNSPEC;
+	if (read_packet(skb, &scratch->packet))
+		track_queries(skb, scratch, settings);
+	return TC_ACT_UNSPEC;
+}
+
+PROGRAM("tc")
+int gate(struct __sk_buff *skb)
+{
+	struct settings *settings = find_settings();
+	struct scratch *scratch = find_scratch();
+
+	if (!settings || !scratch || !settings->configured)
+		return TC_ACT_UNSPEC;
+	clear_mark(skb, settings);
+	if (read_packet(skb, &scratch->packet) && may_pass(&scratch->packet, &scratch->learned_key))
+		skb->mark |= settings->mark_vouched;
+	return TC_ACT_UNSPEC;
+}
+
+PROGRAM("cgroup/connect4")
+int connect4(struct bpf_sock_addr *context)
+{
+	return mark_connect(context, 0, 0);
+}
+
+PROGRAM("cgroup/connect4")
+int connect4_pidns(struct bpf_sock_addr *context)
+{
+	return mark_connect(context, 0, 1);
+}
+
+PROGRAM("cgroup/connect6")
+int connect6(struct bpf_sock_addr *context)
+{
+	return mark_connect(context, 1, 0);
+}
+
+PROGRAM("cgroup/connect6")
+int connect6_pidns(struct bpf_sock_addr *context)
+{
+	return mark_connect(context, 1, 1);
+}
+
+PROGRAM("cgroup/sendmsg4")
+int sendmsg4(struct bpf_sock_addr *context)
+{
+	return mark_sendmsg(context, 0);
+}
+
+PROGRAM("cgroup/sendmsg4")
+int sendmsg4_pidns(struct bpf_sock_addr *context)
+{
+	return mark_sendmsg(context, 1);
+}
+
+PROGRAM("cgroup/sendmsg6")
+int sendmsg6(struct bpf_sock_addr *context)
+{
+	return mark_sendmsg(context, 0);
+}
+
+PROGRAM("cgroup/sendmsg6")
+int sendmsg6_pidns(struct bpf_sock_addr *context)
+{
+	return mark_sendmsg(context, 1);
+}
+
+PROGRAM("cgroup/sock_create")
+int sock_create(struct bpf_sock *socket)
+{
+	struct settings *settings = find_settings();
+
+	if (settings && settings->configured && bpf_get_netns_cookie(socket) == settings->netns_cookie)
+		socket->mark = (socket->mark & ~settings->mark_mask) | scope_of_current(settings, 0);
+	return 1;
+}

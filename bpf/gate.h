@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Marks: who vouches for a connection, whose socket it is. */
+#ifndef REGISTRY_ENFORCER_GATE_H
+#define REGISTRY_ENFORCER_GATE_H
+
+#define MAX_CGROUP_LEVELS 12 /* depth in the hierarchy; a pod of a cluster in a container is at 8 */
+#define SOL_SOCKET_LEVEL  1  /* SOL_SOCKET and SO_MARK of the kernel's asm-generic/socket.h */
+#define SO_MARK_OPTION	  36
+
+/* Our bits of a packet are ours to set: macvlan and sockets of the host's own network are not scrubbed by any device. */
+INLINE void clear_mark(struct __sk_buff *skb, struct settings *settings)
+{
+	if (skb->mark & settings->mark_mask)
+		skb->mark &= ~settings->mark_mask;
+}
+
+INLINE int is_learned(struct learned_key *key)
+{
+	struct learned_value *learned = find_learned(key);
+
+	return learned && learned->expires_at > now_ns();
+}
+
+/* Whether an answer taught where this packet of a container goes. Any segment, not the first only: a connection that
+ * waited for its answer gets through when it sends its SYN again. */
+INLINE int may_pass(struct packet *packet, struct learned_key *key)
+{
+	if (packet->protocol != IPPROTO_TCP)
+		return 0;
+	copy_ipv6(key->address, packet->destination);
+	key->port = packet->destination_port;
+	key->padding = 0;
+	return is_learned(key);
+}
+
+/* Whose the calling process is, as bits of the mark. The deepest cgroup that is known decides: a container's is often
+ * below its engine's. */
+INLINE __u32 scope_of_current(struct settings *settings, int look_at_pidns)
+{
+	struct program_name program;
+	__u32 *known, scope = 0;
+	__u64 cgroup;
+	int level;
+
+	if (look_at_pidns && settings->pidns_inode) {
+		struct bpf_pidns_info ids;
+
+		if (bpf_get_ns_current_pid_tgid(settings->pidns_device, settings->pidns_inode, &ids, sizeof(ids)))
+			return settings->mark_container; /* fails for every other namespace than the host's */
+	}
+#pragma clang loop unroll(disable)
+	for (level = 1; level <= MAX_CGROUP_LEVELS; level++) {
+		cgroup = bpf_get_current_ancestor_cgroup_id(level);
+		if (!cgroup)
+			break;
+		known = find_cgroup(&cgroup);
+		if (known)
+			scope = *known;
+	}
+	if (scope)
+		return scope;
+	if (!bpf_get_current_comm(&program, sizeof(program))) {
+		known = find_program(&program);
+		if (known)
+			return *known;
+	}
+	return settings->mark_host;
+}
+
+INLINE void mark_socket(struct bpf_sock_addr *context, struct settings *settings, __u32 bits)
+{
+	struct bpf_sock *socket = context->sk; /* bpf_getsockopt knows SO_MARK since 6.1 only */
+	__u32 mark;
+
+	if (!socket)
+		return;
+	mark = (socket->mark & ~settings->mark_mask) | (bits & settings->mark_mask);
+	bpf_setsockopt(context, SOL_SOCKET_LEVEL, SO_MARK_OPTION, &mark, sizeof(mark));
+}
+
+/* The hooks' settings, or NULL for a socket that is none of ours: those of other network namespaces pass the gate. */
+INLINE struct settings *settings_for(struct bpf_sock_addr *context)
+{
+	struct settings *settings = find_settings();
+
+	if (!settings || !settings->configured || bpf_get_netns_cookie(context) != settings->netns_cookie)
+		return 0;
+	return settings;
+}
+
+INLINE void set_key_port(struct learned_key *key, struct bpf_sock_addr *context)
+{
+	key->port = NETWORK_16((__u16)context->user_port);
+	key->padding = 0;
+}
+
+INLINE void ipv4_destination(struct learned_key *key, struct bpf_sock_addr *context)
+{
+	__u32 address = context->user_ip4;
+
+	map_ipv4(key->address, (__u8 *)&address);
+	set_key_port(key, context);
+}
+
+INLINE void ipv6_destination(struct learned_key *key, struct bpf_sock_addr *context)
+{
+	__u32 *words = (__u32 *)key->address;
+
+	words[0] = context->user_ip6[0]; /* a mapped IPv4 address has the form of our keys already */
+	words[1] = context->user_ip6[1];
+	words[2] = context->user_ip6[2];
+	words[3] = context->user_ip6[3];
+	set_key_port(key, context);
+}
+
+INLINE int mark_connect(struct bpf_sock_addr *context, int ipv6, int look_at_pidns)
+{
+	struct settings *settings = settings_for(context);
+	struct learned_key key;
+	__u32 bits;
+
+	if (!settings)
+		return 1;
+	bits = scope_of_current(settings, look_at_pidns);
+	if (context->protocol == IPPROTO_TCP) {
+		if (ipv6)
+			ipv6_destination(&key, context);
+		else
+			ipv4_destination(&key, context);
+		if (is_learned(&key))
+			bits |= settings->mark_vouched;
+	}
+	mark_socket(context, settings, bits);
+	return 1;
+}
+
+/* Scope only: the mark of an unconnected UDP socket is one packet late, so it may never vouch. */
+INLINE int mark_sendmsg(struct bpf_sock_addr *context, int look_at_pidns)
+{
+	struct settings *settings = settings_for(context);
+
+	if (settings)
+		mark_socket(context, settings, scope_of_current(settings, look_at_pidns));
+	return 1;
+}
+
+#endif
