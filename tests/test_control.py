@@ -92,7 +92,7 @@ def test_a_second_daemon_is_refused_and_told_who_holds_the_directory(tmp_path: P
     run_dir = tmp_path / "run"
     with control.hold(run_dir):
         assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
-        with pytest.raises(control.AlreadyRunningError, match="process [0-9]+"), control.hold(run_dir):
+        with pytest.raises(control.AlreadyRunningError, match=r"process \d+"), control.hold(run_dir):
             pass
     with control.hold(run_dir):
         pass

@@ -26,9 +26,11 @@ SNAPSHOT = metrics.Snapshot(
 
 
 def scrape() -> str:
-    with metrics.serve(metrics.Metrics(lambda: SNAPSHOT), "127.0.0.1", 0) as port:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-            return str(response.read(), "utf-8")
+    with (
+        metrics.serve(metrics.Metrics(lambda: SNAPSHOT), "127.0.0.1", 0) as port,
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response,
+    ):
+        return str(response.read(), "utf-8")
 
 
 def test_every_promised_metric_is_there_with_help_and_its_value() -> None:
