@@ -3,7 +3,7 @@
 The only module, with its child `bpf_loader`, that speaks bpf(2). Everything is pinned below a directory of a bpffs, so
 that learning and marking go on without the daemon and the next daemon adopts them without a gap:
 
-    <bpffs>/generation-<digest>/{maps,programs}/NAME, report    one loaded build; whole as soon as it has this name
+    <bpffs>/generation-<digest>/{maps,programs}/NAME, report    one loaded build; whole if it has a report
     <bpffs>/links/NAME                                          attachments to the cgroup; they outlive a generation
     <bpffs>/attached/NAME                                       before 5.7, which has no links: the attached program
 
@@ -413,15 +413,13 @@ def load(bpffs: Path, *, loader: Loader = Loader.LIBBPF, inputs: list[Path] | No
     """
     inputs = inputs or build_inputs(loader)
     generation = bpffs / f"generation-{_digest(loader, inputs)}"
-    if generation.is_dir():
+    if (generation / "report").exists():
         return read_report(generation)
-    loading = bpffs / f"loading-{generation.name}"
-    _remove_tree(loading)  # of a loader that was killed
+    _remove_generation(generation)  # half of one: a loader, or its removal, was killed
     try:
-        _run_loader(loader, loading, inputs)
-        loading.rename(generation)
+        _run_loader(loader, generation, inputs)
     except BaseException:
-        _remove_tree(loading)
+        _remove_generation(generation)
         raise
     return read_report(generation, adopted=False)
 
@@ -526,11 +524,13 @@ def remove(bpffs: Path, cgroup: Path | None) -> list[Path]:
 
 
 def _remove_generations(bpffs: Path, keep: Path | None) -> list[Path]:
-    removed: list[Path] = []
-    for directory in sorted(bpffs.iterdir()) if bpffs.is_dir() else ():
-        if directory.name.startswith(("generation-", "loading-")) and directory != keep:
-            removed += _remove_tree(directory)
-    return removed
+    generations = sorted(bpffs.glob("generation-*"))
+    return [pinned for generation in generations if generation != keep for pinned in _remove_generation(generation)]
+
+
+def _remove_generation(generation: Path) -> list[Path]:
+    (generation / "report").unlink(missing_ok=True)  # first: whoever is killed in the middle leaves no whole one
+    return _remove_tree(generation)
 
 
 def _remove_tree(top: Path) -> list[Path]:
@@ -687,7 +687,7 @@ class EventReader:
         self._libbpf = _event_functions()
         self._perf = events.type == _PERF_EVENT_ARRAY
         if self._perf:
-            pages = max(8, min(64, kernel_abi.EVENT_BYTES // _possible_cpus() // 4096))
+            pages = max(8, min(64, kernel_abi.EVENT_BYTES // _possible_cpus() // mmap.PAGESIZE))
             pages = 1 << (pages.bit_length() - 1)
             self._callbacks: tuple[object, ...] = _PERF_SAMPLE(self._take_perf), _PERF_LOST(self._count_lost)
             self._buffer = self._libbpf.perf_buffer__new(events.fd, pages, *self._callbacks, None, None)

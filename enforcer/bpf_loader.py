@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import importlib
 import mmap
 import os
 import resource
@@ -140,10 +139,10 @@ def _check(result: int, doing: str) -> None:
 
 
 # --- bcc -------------------------------------------------------------------------------------------------------------
-# What bcc includes from a kernel tree before it compiles anything. Our unit needs UAPI headers only (linux-libc-dev): so
-# these stand in for the headers of the running kernel, which WSL 2 and most hosts do not have; they are used even
-# where there are some, for one result everywhere. linux/bpf.h is empty because bcc brings its own.
-_UAPI_HEADERS = ("if_ether", "if_packet", "in", "pkt_cls")
+# What bcc includes of a kernel tree before it compiles anything. Our unit needs UAPI headers only (linux-libc-dev), so
+# these stand in for the headers of the running kernel, which WSL 2 and most hosts do not have; they are used even where
+# there are some, for one result everywhere. bpf.h is empty because bcc brings its own; any other <uapi/...> is found
+# through a link to /usr/include.
 _KERNEL_TREE = {
     "include/linux/kconfig.h": """\
 #define CONFIG_BPF_SYSCALL 1
@@ -163,7 +162,6 @@ typedef _Bool bool;
     "include/linux/log2.h": "",
     "include/linux/bpf.h": "",
     "include/uapi/linux/bpf.h": "",
-    **{f"include/uapi/linux/{name}.h": f"#include_next <linux/{name}.h>\n" for name in _UAPI_HEADERS},
     "include/asm/page.h": "",
 }
 
@@ -172,17 +170,18 @@ class BccUnit:
     """A C source: bcc compiles it and makes the maps; its programs are loaded directly, for the verifier's log."""
 
     def __init__(self, source: Path, legacy: bool) -> None:
-        bcc, self._libbcc = _import_bcc()
+        compile_unit, self._libbcc = _import_bcc()
         with tempfile.TemporaryDirectory(prefix="registry-enforcer-") as tree:
             for name, text in _KERNEL_TREE.items():
                 path = Path(tree, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
+            Path(tree, "uapi").symlink_to("/usr/include")
             os.environ["BCC_KERNEL_SOURCE"] = tree
-            multiarch = sysconfig.get_config_var("MULTIARCH")
-            flags = [f"-I{source.parent}", "-idirafter", "/usr/include", "-idirafter", f"/usr/include/{multiarch}"]
+            system = "/usr/include", f"/usr/include/{sysconfig.get_config_var('MULTIARCH')}", tree
+            flags = [f"-I{source.parent}", *(f"-idirafter{directory}" for directory in system)]
             try:
-                self._module = bcc.BPF(src_file=str(source), cflags=flags + ["-DLEGACY_EVENTS"] * legacy)
+                self._module = compile_unit(src_file=str(source), cflags=flags + ["-DLEGACY_EVENTS"] * legacy)
             except Exception as error:  # bcc raises nothing else; the cause is on standard error
                 raise bpf.BpfError(str(error)) from error
         module, names = self._module.module, self._libbcc.bpf_function_name
@@ -218,19 +217,19 @@ class BccUnit:
 
 
 def _import_bcc() -> tuple[Any, Any]:
-    """The modules bcc and bcc.libbcc.lib, with the functions that the former does not declare."""
+    """bcc.BPF and the library below it, some of whose functions bcc does not declare."""
     # A venv does not see the distribution's modules; bcc's are pure Python over ctypes and serve any version.
     sys.path.append("/usr/lib/python3/dist-packages")
     try:
-        bcc = importlib.import_module("bcc")
-        libbcc = importlib.import_module("bcc.libbcc").lib
+        from bcc import BPF
+        from bcc.libbcc import lib
     except (ImportError, OSError) as error:
         raise bpf.BpfError(str(error)) from error
     module, index = ctypes.c_void_p, ctypes.c_size_t
-    libbcc.bpf_num_tables.restype, libbcc.bpf_num_tables.argtypes = ctypes.c_size_t, (module,)
-    libbcc.bpf_table_name.restype, libbcc.bpf_table_name.argtypes = ctypes.c_char_p, (module, index)
-    libbcc.bpf_table_fd_id.restype, libbcc.bpf_table_fd_id.argtypes = ctypes.c_int, (module, index)
-    return bcc, libbcc
+    lib.bpf_num_tables.restype, lib.bpf_num_tables.argtypes = ctypes.c_size_t, (module,)
+    lib.bpf_table_name.restype, lib.bpf_table_name.argtypes = ctypes.c_char_p, (module, index)
+    lib.bpf_table_fd_id.restype, lib.bpf_table_fd_id.argtypes = ctypes.c_int, (module, index)
+    return BPF, lib
 
 
 # --- both ------------------------------------------------------------------------------------------------------------
@@ -274,9 +273,15 @@ def load_and_pin(loader: bpf.Loader, into: Path, inputs: list[Path]) -> None:
         "programs": programs,
         "refused": refused,
         "seconds": round(time.monotonic() - started, 3),
-        "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_kib": _peak_kib(),
     }
     bpf.pin_report(facts, into / "report")
+
+
+def _peak_kib() -> int:
+    """Peak resident memory of this program; ru_maxrss would include the parent's, from before exec."""
+    (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(peak.split()[1])
 
 
 def main(arguments: list[str]) -> int:
