@@ -9,7 +9,8 @@
 #ifndef REGISTRY_ENFORCER_DNS_H
 #define REGISTRY_ENFORCER_DNS_H
 
-#define MAX_STEPS	  32 /* of all messages of a packet; 3 CNAMEs and 32 addresses take about 100 */
+#define MAX_STEPS	  160 /* 3 CNAMEs and 32 addresses take about 100 */
+#define MAX_NAME_STEPS	  128 /* 127 labels and the root */
 #define MAX_RECORDS	  32
 #define MAX_MESSAGES	  2 /* in one TCP segment: glibc sends the questions for A and AAAA together */
 #define DNS_HEADER_BYTES  12
@@ -39,9 +40,7 @@ enum step {
 	STEP_SKIP,    /* a label of an owner that is not the chain's */
 	STEP_RECORD,  /* what follows the owner */
 	STEP_INSERT,  /* one (address, port) */
-	STEP_FINISH,  /* count, tell the daemon */
-	STEP_MESSAGE, /* the next message of the packet */
-	STEP_END,
+	STEP_DONE,
 };
 
 enum purpose {
@@ -79,6 +78,11 @@ INLINE const __u8 *wire_at(struct scratch *s, __u64 offset)
 	return s->wire + MASKED(offset, MAX_WIRE_BYTES - 1);
 }
 
+INLINE __u8 *chain_at(struct scratch *s, __u64 position)
+{
+	return s->chain + MASKED(position, CHAIN_MASK);
+}
+
 /* Where the character at `position` of `chain` stands in `reversed`; the sum never goes down, for the verifier. */
 INLINE __u8 *reversed_at(struct scratch *s, __u64 position)
 {
@@ -88,13 +92,24 @@ INLINE __u8 *reversed_at(struct scratch *s, __u64 position)
 INLINE void finish(struct scratch *s, __u64 outcome)
 {
 	s->outcome = outcome;
-	s->step = STEP_FINISH;
+	s->step = STEP_DONE;
 }
 
 /* No more of this message is understood: what was learned stays, the daemon gets the rest. */
 INLINE void leave_to_daemon(struct scratch *s)
 {
 	finish(s, OUTCOME_UNREADABLE);
+}
+
+/* The key is in map memory: half a word of stack that differs would keep every state apart from every other. */
+INLINE void count(struct scratch *s, __u32 outcome)
+{
+	__u64 *counter;
+
+	s->counter = outcome;
+	counter = find_counter(&s->counter);
+	if (counter)
+		*counter += 1;
 }
 
 INLINE void start_name(struct scratch *s, __u64 purpose, __u64 at, __u64 limit)
@@ -109,127 +124,100 @@ INLINE void start_name(struct scratch *s, __u64 purpose, __u64 at, __u64 limit)
 	s->step = STEP_NAME;
 }
 
-INLINE void bad_name(struct scratch *s)
-{
-	if (s->purpose == NAME_QUESTION)
-		finish(s, OUTCOME_MALFORMED);
-	else
-		leave_to_daemon(s);
-}
-
 /* The owner is another name than the chain's: on to its end, which may be known already. */
 INLINE void skip_owner(struct scratch *s)
 {
+	s->foreign = 1;
+	s->at += s->left;
+	s->step = STEP_SKIP;
 	if (s->resume) {
 		s->at = s->resume;
-		s->position = MAX_WIRE_NAME; /* marks a skipped owner for read_record() */
 		s->step = STEP_RECORD;
-	} else {
-		s->at += s->left;
-		s->step = STEP_SKIP;
 	}
 }
 
-INLINE void end_of_name(struct scratch *s)
+/* Behind a name; 0 if it may not stand there. */
+INLINE int end_name(struct scratch *s)
 {
-	__u64 behind = s->resume ? s->resume : s->at;
-
-	if (s->purpose == NAME_QUESTION) {
-		if (s->resume) {
-			bad_name(s);
-			return;
-		}
-		s->step = STEP_ASKED;
-	} else if (s->purpose == NAME_OWNER) {
-		s->at = behind;
-		s->position = 0;
+	if (s->resume)
+		s->at = s->resume;
+	if (s->purpose == NAME_OWNER) {
 		s->step = STEP_RECORD;
-	} else if (behind == s->rdata_end) {
-		s->at = behind;
+		return 1;
+	}
+	if (s->purpose == NAME_TARGET) {
 		s->step = STEP_OWNER;
-	} else {
-		bad_name(s);
+		return s->at == s->rdata_end;
 	}
+	s->step = STEP_ASKED;
+	return !s->resume;
 }
 
-/* A label's length or a pointer, then up to eight bytes of the label. */
-INLINE void read_name(struct scratch *s)
+/* A compression pointer; 0 if it is cut or does not go down, as dnspython demands: so every name ends. */
+INLINE int follow_pointer(struct scratch *s)
 {
-	__u64 chunk, word, there;
+	__u64 target = field_16(wire_at(s, s->at)) & 0x3fff;
+
+	if (s->at + POINTER_BYTES > s->limit || target >= s->lowest)
+		return 0;
+	if (!s->resume)
+		s->resume = s->at + POINTER_BYTES;
+	s->limit = s->lowest;
+	s->lowest = target;
+	s->at = target;
+	return 1;
+}
+
+/* A label's length and up to eight bytes of it, or eight bytes more, or a pointer; 0 if it is no name. */
+INLINE int read_name(struct scratch *s)
+{
+	__u64 size, word, there;
 
 	if (!s->left) {
-		__u64 first = *wire_at(s, s->at);
-		__u8 *chain = s->chain + MASKED(s->position, CHAIN_MASK);
+		__u64 length = *wire_at(s, s->at);
 
-		if (s->at >= s->limit) {
-			bad_name(s);
-			return;
-		}
-		if (first >= POINTER) {
-			__u64 target = field_16(wire_at(s, s->at)) & 0x3fff;
-
-			if (s->at + POINTER_BYTES > s->limit || target >= s->lowest) {
-				bad_name(s);
-				return;
-			}
-			if (!s->resume)
-				s->resume = s->at + POINTER_BYTES;
-			s->limit = s->lowest;
-			s->lowest = target;
-			s->at = target;
-			return;
-		}
-		if (first > MAX_LABEL_BYTES || s->at + 1 + first > s->limit) {
-			bad_name(s);
-			return;
-		}
+		if (s->at >= s->limit)
+			return 0;
+		if (length >= POINTER)
+			return follow_pointer(s);
+		if (length > MAX_LABEL_BYTES || s->at + 1 + length > s->limit || s->position + length >= MAX_WIRE_NAME)
+			return 0;
 		if (s->purpose == NAME_OWNER) {
-			if (*chain != first) {
+			if (*chain_at(s, s->position) != length) {
 				skip_owner(s);
-				return;
+				return 1;
 			}
 		} else {
-			if (s->position + 1 + first + !!first > MAX_WIRE_NAME) {
-				bad_name(s);
-				return;
-			}
-			*chain = first;
-			if (first)
-				*reversed_at(s, s->position) = s->position ? '.' : 0;
-			s->hash = mix(s->hash, first);
+			*chain_at(s, s->position) = length;
+			*reversed_at(s, s->position) = '.';
+			s->hash = mix(s->hash, length);
 		}
 		s->at++;
-		if (!first) {
-			end_of_name(s);
-			return;
-		}
+		if (!length)
+			return end_name(s);
 		s->position++;
-		s->left = first;
+		s->left = length;
 	}
 
-	chunk = s->left > 8 ? 8 : s->left;
-	there = 64 - 8 * chunk; /* bits of the words that belong to what follows */
+	size = s->left > 8 ? 8 : s->left;
+	there = 64 - 8 * size; /* low bits of the words, which belong to what follows */
 	word = lower_case(NETWORK_64(*(const __u64 *)wire_at(s, s->at)));
 	if (s->purpose == NAME_OWNER) {
-		__u64 mine = NETWORK_64(*(__u64 *)(s->chain + MASKED(s->position, CHAIN_MASK)));
-
-		if ((word ^ mine) >> there) {
+		if ((word ^ NETWORK_64(*(__u64 *)chain_at(s, s->position))) >> there) {
 			skip_owner(s);
-			return;
+			return 1;
 		}
 	} else {
-		__u64 rest = (1ULL << (there & 63)) - 1;
-
-		*(__u64 *)(s->chain + MASKED(s->position, CHAIN_MASK)) = NETWORK_64(word);
+		*(__u64 *)chain_at(s, s->position) = NETWORK_64(word);
 		*(__u64 *)(reversed_at(s, s->position) - 7) = word;
 		s->hash = mix(s->hash, word >> there);
-		word |= rest; /* bytes that are neither dot nor NUL */
-		if (has_zero(word) || has_zero(word ^ BYTES_OF('.')))
-			s->odd = 1;
+		word |= ~(~0ULL << there); /* bytes that are neither dot nor NUL */
+		s->odd |= has_zero(word) | has_zero(word ^ BYTES_OF('.'));
 	}
-	s->at += chunk;
-	s->position += chunk;
-	s->left -= chunk;
+	s->at += size;
+	s->position += size;
+	s->left -= size;
+	return 1;
 }
 
 /* The next message of the packet into `wire`; 0 if there is none (an ACK, a length alone). */
@@ -291,29 +279,39 @@ INLINE void set_query_key(struct scratch *s, const __u8 *resolver, const __u8 *c
 
 /* --- queries ----------------------------------------------------------------------------------------------------- */
 
-INLINE void track_message(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
-{
-	s->step = STEP_END;
-	if (!next_message(skb, s) || s->length < DNS_HEADER_BYTES || s->length < s->whole)
-		return;
-	if (field_16(s->wire + 2) & (FLAG_ANSWER | FLAGS_OPCODE) || field_16(s->wire + 4) != 1)
-		return;
-	start_question(s, settings);
-}
-
-INLINE void track_question(struct scratch *s)
+INLINE void remember_question(struct scratch *s)
 {
 	__u64 hash = question_hash(s);
 
-	s->step = STEP_END;
 	if (!hash)
 		return;
 	s->query.question_hash = hash;
 	s->query.asked_at = s->now;
 	set_query_key(s, s->packet.destination, s->packet.source, s->packet.source_port);
 	remember_query(&s->query_key, &s->query);
-	if (s->packet.protocol == IPPROTO_TCP)
-		s->step = STEP_MESSAGE;
+}
+
+/* One query; 0 if the packet holds no further one. */
+INLINE int track_message(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
+{
+	int i;
+
+	if (!next_message(skb, s) || s->length < DNS_HEADER_BYTES || s->length < s->whole)
+		return 0;
+	if (field_16(s->wire + 2) & (FLAG_ANSWER | FLAGS_OPCODE) || field_16(s->wire + 4) != 1)
+		return 0;
+	start_question(s, settings);
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_NAME_STEPS; i++) {
+		FORGET();
+		if (s->step != STEP_NAME)
+			break;
+		if (!read_name(s))
+			return 0;
+	}
+	if (s->step == STEP_ASKED)
+		remember_question(s);
+	return s->packet.protocol == IPPROTO_TCP;
 }
 
 INLINE void track_queries(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
@@ -324,19 +322,9 @@ INLINE void track_queries(struct __sk_buff *skb, struct scratch *s, struct setti
 		return;
 	s->now = now_ns();
 	s->next = s->packet.payload;
-	s->step = STEP_MESSAGE;
-	FORGET();
 #pragma clang loop unroll(disable)
-	for (i = 0; i < MAX_STEPS; i++) {
-		if (s->step == STEP_NAME)
-			read_name(s);
-		else if (s->step == STEP_MESSAGE)
-			track_message(skb, s, settings);
-		else if (s->step == STEP_ASKED)
-			track_question(s);
-		else
-			return;
-		if (s->step == STEP_FINISH) /* a name that cannot be read */
+	for (i = 0; i < MAX_MESSAGES; i++) {
+		if (!track_message(skb, s, settings))
 			return;
 		FORGET();
 	}
@@ -344,8 +332,8 @@ INLINE void track_queries(struct __sk_buff *skb, struct scratch *s, struct setti
 
 /* --- answers ----------------------------------------------------------------------------------------------------- */
 
-/* Header and query of the next message. */
-INLINE void start_answer(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
+/* Header and query of the next message; 0 if there is none. */
+INLINE int start_answer(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
 	struct query *query;
 	__u64 flags, asked_at;
@@ -354,29 +342,28 @@ INLINE void start_answer(struct __sk_buff *skb, struct scratch *s, struct settin
 	s->unfit = 0;
 	s->inserted = 0;
 	s->permitted = 0;
-	if (s->seen == MAX_MESSAGES || !next_message(skb, s)) {
-		s->step = STEP_END;
-		return;
-	}
+	if (!next_message(skb, s))
+		return 0;
 	flags = field_16(s->wire + 2);
 	if (s->length < DNS_HEADER_BYTES || !(flags & FLAG_ANSWER) || flags & FLAGS_OPCODE || field_16(s->wire + 4) != 1) {
 		finish(s, OUTCOME_MALFORMED);
-		return;
+		return 1;
 	}
 	set_query_key(s, s->packet.source, s->packet.destination, s->packet.destination_port);
 	query = find_query(&s->query_key);
 	if (!query) {
 		finish(s, OUTCOME_UNSOLICITED);
-		return;
+		return 1;
 	}
 	s->expected = query->question_hash;
 	asked_at = query->asked_at;
 	forget_query(&s->query_key); /* a second answer teaches nothing */
 	if (s->now - asked_at > settings->query_window) {
 		finish(s, OUTCOME_UNSOLICITED);
-		return;
+		return 1;
 	}
 	start_question(s, settings);
+	return 1;
 }
 
 /* Is it the question that was asked, is its name in the policy, is there anything to learn? */
@@ -402,7 +389,8 @@ INLINE void judge_question(struct scratch *s)
 		return;
 	}
 	key = (void *)(reversed_at(s, text) - PREFIX_BITS_BYTES);
-	key->prefix_bits = (text + 1) * 8; /* with the NUL that ends exact names */
+	*reversed_at(s, 0) = 0; /* ends exact names, and counts */
+	key->prefix_bits = (text + 1) * 8;
 	rule = find_name(key);
 	if (!rule || field_16(wire_at(s, s->at - 2)) != CLASS_IN) {
 		finish(s, OUTCOME_UNLISTED);
@@ -442,9 +430,9 @@ INLINE void start_record(struct scratch *s)
 		return;
 	}
 	s->records--;
+	s->foreign = 0;
 	if (at + POINTER_BYTES <= s->length && field_16(wire_at(s, at)) == (POINTER << 8 | s->chain_at)) {
 		s->at = at + POINTER_BYTES;
-		s->position = 0;
 		s->step = STEP_RECORD;
 		return;
 	}
@@ -460,7 +448,6 @@ INLINE void skip_label(struct scratch *s)
 		leave_to_daemon(s);
 		return;
 	}
-	s->position = MAX_WIRE_NAME;
 	s->at += first >= POINTER ? POINTER_BYTES : 1 + first;
 	if (!first || first >= POINTER)
 		s->step = STEP_RECORD;
@@ -508,7 +495,7 @@ INLINE void read_record(struct scratch *s, struct settings *settings)
 	s->step = STEP_OWNER;
 	if (class != CLASS_IN || (type != TYPE_CNAME && type != s->type))
 		return;
-	if (s->position == MAX_WIRE_NAME) { /* not of the chain: another order, or nothing of ours */
+	if (s->foreign) { /* not of the chain: another order, or nothing of ours */
 		s->unfit = 1;
 		return;
 	}
@@ -541,13 +528,11 @@ INLINE void insert_address(struct scratch *s, struct settings *settings)
 	struct learned_value *known;
 	__u64 expires_at = s->learned.expires_at, known_until = 0;
 
-	if (s->port_index >= s->rule.port_count) {
-		s->step = STEP_OWNER;
-		return;
-	}
 	s->learned_key.port = s->rule.ports[MASKED(s->port_index, MAX_PORTS_PER_NAME - 1)];
 	s->learned_key.padding = 0;
 	s->port_index++;
+	if (s->port_index >= s->rule.port_count)
+		s->step = STEP_OWNER;
 	s->permitted++;
 	known = find_learned(&s->learned_key);
 	if (known && known->expires_at > s->now) {
@@ -564,6 +549,7 @@ INLINE void insert_address(struct scratch *s, struct settings *settings)
 	s->learned.expires_at = expires_at;
 }
 
+/* Count what became of the message; tell the daemon if it changed anything or needs another reader. */
 INLINE void finish_answer(struct __sk_buff *skb, struct scratch *s)
 {
 	__u64 outcome = s->outcome;
@@ -581,9 +567,34 @@ INLINE void finish_answer(struct __sk_buff *skb, struct scratch *s)
 		if (send_event(skb, &s->event, sizeof(s->event) + MASKED(s->length - 1, MAX_WIRE_BYTES - 1) + 1))
 			outcome = OUTCOME_EVENT_LOST;
 	}
-	count(outcome);
-	s->seen++;
-	s->step = s->packet.protocol == IPPROTO_TCP ? STEP_MESSAGE : STEP_END;
+	count(s, outcome);
+}
+
+INLINE void read_answer(struct scratch *s, struct settings *settings)
+{
+	int i;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_STEPS; i++) {
+		FORGET();
+		if (s->step == STEP_OWNER)
+			start_record(s);
+		if (s->step == STEP_RECORD) {
+			read_record(s, settings);
+		} else if (s->step == STEP_NAME) {
+			if (!read_name(s))
+				finish(s, s->purpose == NAME_QUESTION ? OUTCOME_MALFORMED : OUTCOME_UNREADABLE);
+		} else if (s->step == STEP_INSERT) {
+			insert_address(s, settings);
+		} else if (s->step == STEP_SKIP) {
+			skip_label(s);
+		} else if (s->step == STEP_ASKED) {
+			judge_question(s);
+		} else {
+			return;
+		}
+	}
+	s->outcome = OUTCOME_UNREADABLE; /* more than fits */
 }
 
 INLINE void learn_answers(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
@@ -593,37 +604,21 @@ INLINE void learn_answers(struct __sk_buff *skb, struct scratch *s, struct setti
 	if (s->packet.source_port != DNS_PORT)
 		return;
 	if (!find_resolver((void *)s->packet.source)) {
-		count(OUTCOME_UNTRUSTED);
+		count(s, OUTCOME_UNTRUSTED);
 		return;
 	}
 	s->now = now_ns();
 	s->next = s->packet.payload;
-	s->seen = 0;
-	s->step = STEP_MESSAGE;
-	FORGET();
 #pragma clang loop unroll(disable)
-	for (i = 0; i < MAX_STEPS; i++) {
-		if (i == MAX_STEPS - 1 && s->step < STEP_FINISH)
-			leave_to_daemon(s); /* more than fits, and this last step tells the daemon */
-		if (s->step == STEP_OWNER)
-			start_record(s);
-		if (s->step == STEP_RECORD)
-			read_record(s, settings);
-		else if (s->step == STEP_NAME)
-			read_name(s);
-		else if (s->step == STEP_INSERT)
-			insert_address(s, settings);
-		else if (s->step == STEP_SKIP)
-			skip_label(s);
-		else if (s->step == STEP_MESSAGE)
-			start_answer(skb, s, settings);
-		else if (s->step == STEP_ASKED)
-			judge_question(s);
-		else if (s->step == STEP_FINISH)
-			finish_answer(skb, s);
-		else
-			return;
+	for (i = 0; i < MAX_MESSAGES; i++) {
 		FORGET();
+		if (!start_answer(skb, s, settings))
+			return;
+		read_answer(s, settings);
+		FORGET();
+		finish_answer(skb, s);
+		if (s->packet.protocol != IPPROTO_TCP)
+			return;
 	}
 }
 

@@ -59,14 +59,6 @@ INLINE int send_event(void *context, void *event, __u32 size) { return bpf_ringb
 #endif
 /* clang-format on */
 
-INLINE void count(__u32 outcome)
-{
-	__u64 *counter = find_counter(&outcome);
-
-	if (counter)
-		*counter += 1;
-}
-
 #include "gate.h"
 #include "dns.h"
 

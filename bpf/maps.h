@@ -27,7 +27,6 @@ struct scratch {
 	__u64 next;	    /* offset in the packet of the next message, TCP: of its length */
 	__u64 whole;	    /* bytes of this message */
 	__u64 length;	    /* bytes of it that are in `wire` */
-	__u64 seen;	    /* messages finished */
 	__u64 outcome;	    /* OUTCOME_* */
 	__u64 listed;	    /* the name is in the policy */
 	__u64 expected;	    /* hash of the question that was asked */
@@ -49,6 +48,7 @@ struct scratch {
 	__u64 unfit;	    /* something in the answer was left to the daemon */
 	__u64 type;	    /* of the question */
 	__u64 chain_at;	    /* offset in `wire` of the name in `chain` */
+	__u64 foreign;	    /* its owner is another name */
 	__u64 rdata_end;    /* offset in `wire` */
 	__u64 port_index;   /* next of `rule.ports` */
 	__u64 inserted;	    /* (address, port) that are new or live longer */
@@ -59,6 +59,7 @@ struct scratch {
 	struct query query;
 	struct learned_value learned;
 	struct learned_key learned_key;
+	__u32 counter; /* key of `counters` */
 	struct range_key range_key;
 	__u8 chain[CHAIN_MASK + 1 + NAME_SLACK]; /* lower-case wire form of the name an owner must have */
 	/* The same, reversed text that ends at REVERSED_END; the prefix length is written in front of it. */
