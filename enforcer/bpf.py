@@ -38,7 +38,7 @@ from . import kernel_abi
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = 0, 1, 2, 3, 4
 PROG_LOAD = 5  # used by bpf_loader
 _OBJ_PIN, _OBJ_GET, _PROG_ATTACH, _PROG_DETACH, _PROG_TEST_RUN, _GET_INFO, _PROG_QUERY = 6, 7, 8, 9, 10, 15, 16
-_MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH, _LINK_CREATE, _LINK_UPDATE = 24, 26, 28, 29
+_MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH, _LINK_CREATE, _LINK_UPDATE, _LINK_DETACH = 24, 26, 28, 29, 34
 # enum bpf_map_type
 _ARRAY, _PERF_EVENT_ARRAY, _RINGBUF = 2, 4, 27
 _PER_CPU_TYPES = frozenset({5, 6, 10, 21})  # hash, array, LRU hash, cgroup storage
@@ -183,8 +183,9 @@ def _opened(fd: int) -> Iterator[int]:
 
 # --- maps ------------------------------------------------------------------------------------------------------------
 def _possible_cpus() -> int:
-    ranges = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")
-    return int(ranges[-1].rpartition("-")[2]) + 1
+    """How many values an element of a per-CPU map has."""
+    ranges = [text.split("-") for text in Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")]
+    return sum(int(bounds[-1]) - int(bounds[0]) + 1 for bounds in ranges)
 
 
 class BpfMap:
@@ -244,7 +245,7 @@ class BpfMap:
         return self._found(_MAP_DELETE, self._key_only)
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Every element once; what is inserted or deleted meanwhile may or may not be among them."""
+        """Every element once; what comes or goes meanwhile may be among them. An LPM trie must not change meanwhile."""
         assert not self._per_cpu
         if self._has_batches:
             try:
@@ -507,16 +508,18 @@ def remove_other_generations(report: LoadReport) -> list[Path]:
     return _remove_generations(report.generation.parent, keep=report.generation)
 
 
-def remove(bpffs: Path, cgroup: Path | None) -> list[Path]:
-    """Detaches from cgroups, unlinks every pin below `bpffs` and the directory; the pins that went.
+def remove(bpffs: Path, cgroup: Path) -> list[Path]:
+    """Detaches everything from `cgroup`, unlinks every pin below `bpffs` and the directory; the pins that went.
 
-    `cgroup` is needed only for attachments that are not links (before 5.7). tc filters hold programs of their own.
+    tc filters hold programs of their own: they stay until they are deleted.
     """
-    attached = bpffs / "attached"
-    if cgroup is not None and attached.is_dir():
-        for path in sorted(attached.iterdir()):
-            detach_cgroup(path.name, cgroup, bpffs)
-    removed = [pinned for name in ("links", "attached") for pinned in _remove_tree(bpffs / name)]
+    removed = []
+    for directory in bpffs / "links", bpffs / "attached":
+        if directory.is_dir():
+            for path in sorted(directory.iterdir()):
+                detach_cgroup(path.name, cgroup, bpffs)
+                removed.append(path)
+            directory.rmdir()
     removed += _remove_generations(bpffs, keep=None)
     if bpffs.is_dir() and not bpffs.is_mount():
         bpffs.rmdir()
@@ -591,33 +594,36 @@ def attach_cgroup(program: Program, cgroup: Path, bpffs: Path) -> None:
     """Attaches `program` to the v2 cgroup at the hook of its name, in place of what `bpffs` had attached there.
 
     Connections never find the hook empty in between: an existing link is updated, what replaces one is attached first.
-    Outlives this process. Raises OSError.
+    Outlives this process. Raises BpfError.
     """
     hook = CgroupHook[program.name.upper()]
-    with _opened_cgroup(cgroup) as cgroup_fd:
-        link_path = bpffs / "links" / program.name
-        if link_path.exists() and _update_link(program, cgroup_fd, link_path):
-            return
-        try:
-            link = call(_LINK_CREATE, packed("IIII", program.fd, cgroup_fd, hook, 0))
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            _attach_without_link(program, cgroup_fd, hook, bpffs)  # before 5.7
-            return
-        with _opened(link):
-            link_path.unlink(missing_ok=True)
-            _pin_in(link, link_path)
+    try:
+        with _opened_cgroup(cgroup) as cgroup_fd:
+            link_path = bpffs / "links" / program.name
+            if not (link_path.exists() and _update_link(program, cgroup_fd, link_path)):
+                _attach(program, cgroup_fd, hook, bpffs)
+    except OSError as error:
+        hints = {
+            errno.EBADF: "; it is not of cgroup v2: name one with --cgroup",
+            errno.EPERM: "; another program may hold the hook for itself, here or above: see bpftool cgroup tree",
+        }
+        hint = hints.get(error.errno or 0, "")
+        raise BpfError(f"{program.name} cannot be attached to cgroup {cgroup}: {error.strerror}{hint}") from error
 
 
 def detach_cgroup(name: str, cgroup: Path, bpffs: Path) -> bool:
     """Takes the attachment `name` away; whether there was one. `cgroup` matters before 5.7 only."""
     link_path, program_path = bpffs / "links" / name, bpffs / "attached" / name
     found = link_path.exists() or program_path.exists()
-    link_path.unlink(missing_ok=True)
+    if link_path.exists():
+        # Unlinking detaches some milliseconds later; this does it now. Since 5.9, EINVAL before.
+        with _opened(_open_pin(link_path)) as link, contextlib.suppress(OSError):
+            call(_LINK_DETACH, packed("I", link))
+        link_path.unlink()
     if program_path.exists():
-        with _opened_cgroup(cgroup) as cgroup_fd, _opened(_open_pin(program_path)) as fd:
-            _detach_program(fd, cgroup_fd, CgroupHook[name.upper()])
+        if cgroup.exists():  # else its attachments have gone with it
+            with _opened_cgroup(cgroup) as cgroup_fd, _opened(_open_pin(program_path)) as fd:
+                _detach_program(fd, cgroup_fd, CgroupHook[name.upper()])
         program_path.unlink()
     return found
 
@@ -647,7 +653,22 @@ def _update_link(program: Program, cgroup_fd: int, path: Path) -> bool:
     return True
 
 
+def _attach(program: Program, cgroup_fd: int, hook: CgroupHook, bpffs: Path) -> None:
+    try:
+        link = call(_LINK_CREATE, packed("IIII", program.fd, cgroup_fd, hook, 0))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        _attach_without_link(program, cgroup_fd, hook, bpffs)
+        return
+    with _opened(link):
+        path = bpffs / "links" / program.name
+        path.unlink(missing_ok=True)
+        _pin_in(link, path)
+
+
 def _attach_without_link(program: Program, cgroup_fd: int, hook: CgroupHook, bpffs: Path) -> None:
+    """Before 5.7."""
     path = bpffs / "attached" / program.name
     if program.id in _attached(cgroup_fd, hook):
         return

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.root
 
 ROOT = Path(__file__).parent.parent
 FRAME = bytes(64)
+NO_CGROUP = Path("/none")  # nothing was attached without a link
 UNKNOWN_COMMAND = 9999  # a kernel that lacks a bpf(2) command says EINVAL to its number
 DEADLINE_SECONDS = 20.0
 
@@ -124,7 +125,7 @@ def bpffs(tmp_path: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        bpf.remove(path, None)
+        bpf.remove(path, NO_CGROUP)
         subprocess.run(["umount", path], check=True)
 
 
@@ -270,7 +271,7 @@ def test_another_build_is_loaded_beside_and_only_the_old_one_removed(bpffs: Path
 def test_what_a_killed_loader_left_is_not_adopted(bpffs: Path, unit: Inputs) -> None:
     inputs = unit(Loader.LIBBPF)
     generation = bpf.load(bpffs, inputs=inputs).generation
-    bpf.remove(bpffs, None)
+    bpf.remove(bpffs, NO_CGROUP)
     command = [sys.executable, "-c", STALLED_LOADER, "libbpf", str(generation), *map(str, inputs)]
     with subprocess.Popen(command, cwd=ROOT) as child:
         wait_until((generation / "programs" / "connect4").exists, "programs are pinned")
@@ -315,7 +316,7 @@ def test_remove_unlinks_every_pin_and_keeps_what_others_pinned(bpffs: Path, unit
     with KernelState(bpf.load(bpffs, inputs=unit(Loader.LIBBPF))) as state:
         bpf.pin(state.programs["gate"].fd, theirs)
         pins = len(state.maps) + len(state.programs)
-    assert len(bpf.remove(bpffs, None)) == pins
+    assert len(bpf.remove(bpffs, NO_CGROUP)) == pins
     assert list(bpffs.glob("generation-*")) == []
     assert theirs.exists()
     theirs.unlink()
@@ -632,3 +633,9 @@ def test_hook_of_another_tool_stays(bpffs: Path, kernel: KernelState, cgroup: Pa
     bpf.remove(ours, cgroup)
     assert connect_in(cgroup) == REFUSED_BY_HOOK
     bpf.detach_cgroup("connect4", cgroup, theirs)
+
+
+def test_directory_outside_cgroup_v2_is_refused_with_advice(bpffs: Path, kernel: KernelState, tmp_path: Path) -> None:
+    for directory, said in (tmp_path, "not of cgroup v2: name one with --cgroup"), (tmp_path / "none", "No such file"):
+        with pytest.raises(bpf.BpfError, match=said):
+            bpf.attach_cgroup(kernel.programs["connect4"], directory, bpffs)
