@@ -254,8 +254,7 @@ class Enforcement:
             if not found:
                 learned.delete(key)
         changes = self.learned.learn(entries)
-        if self._table_present:
-            self._apply(changes)
+        self._apply(changes)
         if entries:
             log.info("took over %d learned permissions from the kernel", len(entries))
 
@@ -330,7 +329,8 @@ class Enforcement:
 
     def _apply(self, changes: Changes) -> None:
         if changes:
-            self._firewall.apply(self._render(changes))
+            if self._table_present:  # else start() brings everything that is held by then
+                self._firewall.apply(self._render(changes))
             learned = self._kernel.maps["learned"]
             for destination in changes.withdraw:
                 learned.delete(kernel_abi.pack_learned_key(*destination))
@@ -399,8 +399,7 @@ class Enforcement:
                 )
                 for entry in changes.permit
             )
-            if self._table_present:
-                self._apply(changes)
+            self._apply(changes)
 
     def _ask_for_question(self, event: DnsEvent) -> None:
         """BPF could not read this answer whole: ask for its name, once at a time."""

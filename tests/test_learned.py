@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from enforcer.dns_answer import AnswerAddress, DnsAnswer
 from enforcer.kernel_abi import LIFETIME_CEILING_SECONDS, LIFETIME_FLOOR_SECONDS, RangeClass
-from enforcer.learned import LearnedAddress, LearnedAddresses, lifetime_seconds, permitted
+from enforcer.learned import Destination, LearnedAddress, LearnedAddresses, lifetime_seconds, permitted
 from enforcer.policy import Address, HostPattern, Rule, RuleKind
 
 PUBLIC = ip_address("198.18.0.1")
@@ -130,7 +130,7 @@ operations = st.lists(
 def test_what_the_kernel_was_told_never_outlives_what_is_held(steps: list[tuple[str, int, int, int]]) -> None:
     """A model of the kernel's set, fed with the changes alone, stays a subset of what the holders justify."""
     learned = LearnedAddresses(capacity=4)
-    kernel: dict[object, float] = {}
+    kernel: dict[Destination, float] = {}
     now = 0.0
     for step, a, b, c in steps:
         if step == "learn":
@@ -152,4 +152,4 @@ def test_what_the_kernel_was_told_never_outlives_what_is_held(steps: list[tuple[
         for destination, expires_at in kernel.items():
             if expires_at > now:
                 assert destination in learned
-                assert expires_at <= learned.longest(destination).expires_at  # type: ignore[arg-type]
+                assert expires_at <= learned.longest(destination).expires_at

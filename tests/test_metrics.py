@@ -10,7 +10,7 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from enforcer import metrics
+from enforcer import __version__, metrics
 from enforcer.kernel_abi import Outcome
 
 SNAPSHOT = metrics.Snapshot(
@@ -49,7 +49,7 @@ def test_every_promised_metric_is_there_with_help_and_its_value() -> None:
     assert values["enforcer_kernel_events_lost_total", ()] == 1
     assert values["enforcer_policy_reloads_total", ("bad_policy",)] == 0
     assert values["enforcer_learn_seconds_count", ()] == 0
-    assert ("enforcer_build_info", (metrics.__version__,)) in values
+    assert ("enforcer_build_info", (__version__,)) in values
 
 
 def test_promtool_is_content() -> None:
