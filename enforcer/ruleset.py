@@ -167,8 +167,9 @@ table inet {TABLE} {{
 		meta l4proto != tcp meta l4proto != udp accept
 		# Answers to inbound connections.
 		ct direction reply accept
-		# Was permitted when it began; a refused connection never gets here. Revoking deletes the conntrack entry.
-		ct state established accept
+		# Was permitted when it began; revoking deletes the conntrack entry. Not for UDP, which has no end: as long as
+		# packets come, it would outlive every permission.
+		meta l4proto tcp ct state established accept
 		oifname @internal accept
 	}}
 
@@ -212,7 +213,8 @@ table inet {TABLE} {{
 
 	# At once, and so that the client gives up: a dropped SYN hangs clients for minutes.
 	chain refuse {{
-		# A reset would come from the translated address, and the client would go on waiting; ICMP is translated back.
+		# A reset would come from the translated address, and the client would go on waiting. ICMP is translated back;
+		# over IPv6 a client on this machine heeds it at its first retransmission, after a second.
 		ct status dnat reject with icmpx port-unreachable
 		meta l4proto tcp reject with tcp reset
 		reject with icmpx admin-prohibited

@@ -14,6 +14,7 @@ import ctypes
 import enum
 import errno
 import os
+import re
 import selectors
 import socket
 import struct
@@ -279,9 +280,11 @@ def lab() -> Iterator[Lab]:
     run(lab.wan, "ip", "-batch", "-", text=WAN_LINKS)
     run(lab.box, "ip", "-batch", "-", text=BOX_LINKS.format(v4="172.30.0", v6="fd30"))
     run(lab.box2, "ip", "-batch", "-", text=BOX_LINKS.format(v4="172.31.0", v6="fd31"))
-    # ICMP errors are rate-limited for each target, and the tests ask for many.
-    settings = ("ipv4.ip_forward=1", "ipv6.conf.all.forwarding=1", "ipv4.icmp_ratelimit=0", "ipv6.icmp.ratelimit=0")
-    run(lab.host, "sysctl", "-qw", *(f"net.{setting}" for setting in settings))
+    run(lab.host, "sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+    # ICMP errors are rate-limited, for each target and (a namespace's own setting on newer kernels only) in all; the
+    # tests ask for many.
+    run(lab.host, "sysctl", "-qw", "net.ipv4.icmp_ratelimit=0", "net.ipv6.icmp.ratelimit=0")
+    run(lab.host, "sysctl", "-eqw", "net.ipv4.icmp_msgs_per_sec=100000", "net.ipv4.icmp_msgs_burst=100000")
     run(lab.host, "nft", "-f", "-", text=TRANSLATIONS)
     servers = Servers()
     for namespace in (lab.wan, lab.host, lab.box, lab.box2):
@@ -356,11 +359,13 @@ _ERRORS = {
 }
 
 
-def opened(namespace: int, kind: socket.SocketKind, address: str, mark: int = 0) -> socket.socket:
+def opened(
+    namespace: int, kind: socket.SocketKind, address: str, mark: int = 0, patience: float = PATIENCE_SECONDS
+) -> socket.socket:
     with inside(namespace):
         client = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
-    client.settimeout(PATIENCE_SECONDS)
+    client.settimeout(patience)
     return client
 
 
@@ -374,8 +379,8 @@ def outcome(exchange: Callable[[], bytes]) -> Outcome:
     return Outcome.OPEN
 
 
-def tcp(namespace: int, address: str, port: int = 443, mark: int = 0) -> Outcome:
-    with opened(namespace, socket.SOCK_STREAM, address, mark) as client:
+def tcp(namespace: int, address: str, port: int = 443, mark: int = 0, patience: float = PATIENCE_SECONDS) -> Outcome:
+    with opened(namespace, socket.SOCK_STREAM, address, mark, patience) as client:
 
         def exchange() -> bytes:
             client.connect((address, port))
@@ -441,6 +446,17 @@ def test_hostile_rule_name_makes_no_table_of_its_own() -> None:
     with nft_in(namespace) as nft:
         nft.apply((GOLDEN / "hostile-names.nft").read_text())
     assert run(namespace, "nft", "list tables").splitlines() == ["table ip bystander", f"table inet {TABLE}"]
+    os.close(namespace)
+
+
+def test_any_interface_name_that_is_rendered_is_taken_literally_by_the_kernel() -> None:
+    printable = "".join(map(chr, range(0x21, 0x7F)))
+    names = [printable[start : start + 8] for start in range(0, len(printable), 3)]
+    namespace = new_namespace()
+    with nft_in(namespace) as nft:
+        nft.apply(render_ruleset(DEFAULT, FULL, names))
+    listed = set(re.findall(r'"([^"]+)"', run(namespace, "nft", "list", "set", "inet", TABLE, "internal")))
+    assert listed == {"lo", *(name for name in names if not set(name) & set('"*/:\\'))}
     os.close(namespace)
 
 
@@ -696,13 +712,16 @@ def test_loopback_is_never_refused(host: Host) -> None:
 
 
 def test_forwarded_to_a_service_is_judged_by_where_it_leads(host: Host, plan: Plan) -> None:
-    assert tcp(host.lab.box, plan.evil_service) is Outcome.RESET
-    assert tcp(host.lab.box, plan.good_service) is Outcome.RESET
-    assert host.packets(CountedScope.CONTAINER) == 2
+    # Linux takes an ICMPv6 error for a hard one at the first retransmission, if it comes before connect() has let go
+    # of the socket, as it does on one machine.
+    patience = 3 if ":" in plan.evil else PATIENCE_SECONDS
+    for address in (plan.evil_service, plan.good_service):
+        assert tcp(host.lab.box, address, patience=patience) is Outcome.RESET
+    assert host.packets(CountedScope.CONTAINER) >= 2
     host.learn(plan.good)
     assert tcp(host.lab.box, plan.good_service) is Outcome.OPEN
     host.learn(plan.evil_service)
-    assert tcp(host.lab.box, plan.evil_service) is Outcome.RESET
+    assert tcp(host.lab.box, plan.evil_service, patience=patience) is Outcome.RESET
 
 
 def test_local_to_a_service_is_judged_in_postrouting_by_where_it_leads(host: Host, plan: Plan) -> None:
@@ -730,6 +749,19 @@ def test_established_connection_survives_withdrawal_and_reload_and_a_new_one_doe
         client.send(b"still here")
         assert client.recv(100) == b"still here"
     assert tcp(host.lab.box, plan.good) is Outcome.RESET
+
+
+def test_udp_is_refused_as_soon_as_its_permission_is_gone(host: Host, plan: Plan) -> None:
+    host.learn(plan.good)
+    with opened(host.lab.box, socket.SOCK_DGRAM, plan.good) as client:
+        client.connect((plan.good, 443))
+        for _ in range(2):
+            client.send(b"permitted")
+            assert client.recv(100) == b"permitted"
+        host.withdraw(plan.good)
+        client.send(b"not permitted")
+        with pytest.raises(OSError, match=r"No route to host|Permission denied"):
+            client.recv(100)
 
 
 def test_reload_keeps_learned_elements_and_counters(host: Host, plan: Plan) -> None:
@@ -770,18 +802,19 @@ class Prober(threading.Thread):
     def __init__(self, lab: Lab, address: str, expected: Outcome) -> None:
         super().__init__(daemon=True)
         self.rounds = 0
-        self.surprises: list[Outcome] = []
+        self.surprises: list[tuple[str, Outcome]] = []  # (which probe, what came)
         self._stop_asked = threading.Event()
-        self._probes: list[Callable[[], Outcome]] = [
-            lambda: tcp(lab.box, address),
-            lambda: tcp(lab.host, address, mark=MarkedScope.ENGINE),
-            lambda: udp(lab.box, address),
-        ]
+        self._probes: dict[str, Callable[[], Outcome]] = {
+            "forwarded TCP": lambda: tcp(lab.box, address),
+            "engine's TCP": lambda: tcp(lab.host, address, mark=MarkedScope.ENGINE),
+            "forwarded UDP": lambda: udp(lab.box, address),
+        }
         self._expected = {expected, Outcome.PROHIBITED} if expected is Outcome.RESET else {expected}
 
     def run(self) -> None:
         while not self._stop_asked.is_set():
-            self.surprises += [found for found in (probe() for probe in self._probes) if found not in self._expected]
+            found = {name: probe() for name, probe in self._probes.items()}
+            self.surprises += [(name, came) for name, came in found.items() if came not in self._expected]
             self.rounds += 1
 
     def __enter__(self) -> Self:
