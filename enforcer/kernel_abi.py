@@ -9,6 +9,7 @@ mapped into IPv6 (::ffff:a.b.c.d), so that one map serves both families.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import struct
 from collections.abc import Iterable, Iterator
@@ -101,10 +102,10 @@ class Structure:
     name: str
     meaning: str
     fields: tuple[Field, ...]
+    # The same layout for `struct`: byte arrays are one bytes value, other arrays one value an item.
+    codec: struct.Struct = dataclasses.field(init=False)
 
-    @property
-    def codec(self) -> struct.Struct:
-        """The same layout for `struct`; byte arrays are one bytes value, other arrays one value an item."""
+    def __post_init__(self) -> None:
         parts = []
         for field in self.fields:
             letter = _FORMATS[field.c_type]
@@ -112,7 +113,7 @@ class Structure:
                 parts.append(f"{field.count}s")
             else:
                 parts.append(f"{field.count or 1}{letter}")
-        return struct.Struct("=" + "".join(parts))
+        object.__setattr__(self, "codec", struct.Struct("=" + "".join(parts)))
 
     @property
     def size(self) -> int:

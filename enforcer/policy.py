@@ -770,14 +770,15 @@ class NamePermission:
 def name_permissions(policy: Policy) -> Iterator[NamePermission]:
     """One permission for each distinct pattern of the policy."""
     index = NameIndex(policy)
+    combined: dict[tuple[str, ...], tuple[tuple[int, ...], bool]] = {}  # of 100,000 names few rules are the sources
     for pattern in dict.fromkeys(host for rule in policy.rules for host in rule.hosts):
         rules = {rule.name: rule for rule, _ in index.covering(pattern.name, wildcard=pattern.wildcard)}
-        yield NamePermission(
-            pattern=pattern,
-            ports=tuple(sorted({port for rule in rules.values() for port in rule.ports})[:MAX_PORTS_PER_NAME]),
-            private_addresses=all(rule.private_addresses for rule in rules.values()),
-            rules=tuple(rules),
-        )
+        names = tuple(rules)
+        if names not in combined:
+            ports = sorted({port for rule in rules.values() for port in rule.ports})
+            private_addresses = all(rule.private_addresses for rule in rules.values())
+            combined[names] = tuple(ports[:MAX_PORTS_PER_NAME]), private_addresses
+        yield NamePermission(pattern, *combined[names], names)
 
 
 def pattern_id(pattern: HostPattern) -> int:
