@@ -16,9 +16,9 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv6Address, ip_address, ip_interface, ip_network
+from ipaddress import IPv4Interface, IPv6Address, IPv6Interface, ip_address, ip_interface, ip_network
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -74,7 +74,10 @@ _DIRECT_ACTION = 1
 _CLSACT_HANDLE, _CLSACT_PARENT = 0xFFFF0000, 0xFFFFFFF1
 _EVERY_PROTOCOL = socket.htons(0x0003)  # ETH_P_ALL
 
-_OUR_HANDLE: Final = 0x52454E46  # "RENF": nobody's first choice, and the kernel counts up from 1
+# Nobody's first choice: the kernel counts up from 1. The second says, beyond the end of any process of ours, that the
+# clsact below the filter is ours as well.
+_OUR_HANDLE: Final = 0x52454E46
+_OUR_HANDLE_ON_OUR_CLSACT: Final = 0x52454E47
 _FIRST_PRIORITY = 1  # a filter behind one that says "ok" never runs, and that must not be the learner
 _TIMEOUT_SECONDS = 5
 _DUMP_ATTEMPTS = 8
@@ -115,21 +118,17 @@ class _Filter:
 
     @property
     def ours(self) -> bool:
-        return self.handle == _OUR_HANDLE and self.program is not None
+        return self.handle in (_OUR_HANDLE, _OUR_HANDLE_ON_OUR_CLSACT) and self.program is not None
 
 
 class Netlink:
     """rtnetlink in the network namespace in which it was entered; not for use by several threads.
 
     Requests block: the kernel answers them before `send` returns. Anything it refuses raises NetlinkError.
-    `clsact_made` are the interfaces (by index) whose clsact qdisc an earlier process made, if it left word.
     """
 
-    def __init__(self, clsact_made: Iterable[int] = ()) -> None:
-        self.clsact_made = set(clsact_made)
-        self.vanished = 0  # interfaces that were gone before they could be attached to
-
     def __enter__(self) -> Self:
+        self.vanished = 0  # interfaces that were gone before they could be attached to
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         self._socket.bind((0, 0))
         self._socket.settimeout(_TIMEOUT_SECONDS)
@@ -148,7 +147,7 @@ class Netlink:
         """Every interface, by index, with its addresses."""
         request = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _attribute(_LINK_EXT_MASK, _U32.pack(_SKIP_STATISTICS))
         links = [body for kind, body in self._dump(_GETLINK, request) if kind == _NEWLINK]
-        addresses: dict[int, list[str]] = {}
+        addresses: dict[int, list[IPv4Interface | IPv6Interface]] = {}
         for kind, body in self._dump(_GETADDR, _ADDR.pack(socket.AF_UNSPEC, 0, 0, 0, 0)):
             family, prefix_bits, _, _, index = _ADDR.unpack_from(body)
             if kind == _NEWADDR and family in (socket.AF_INET, socket.AF_INET6):
@@ -157,10 +156,8 @@ class Netlink:
                 local = attributes.get(_ADDR_LOCAL, remote)
                 # The prefix of a point-to-point address is the peer's, and comes as a route of its own.
                 bits = prefix_bits if local == remote else len(local) * 8
-                addresses.setdefault(index, []).append(f"{ip_address(local)}/{bits}")
-        interfaces = tuple(sorted((_interface(body, addresses) for body in links), key=lambda link: link.index))
-        self.clsact_made.intersection_update(interface.index for interface in interfaces)
-        return interfaces
+                addresses.setdefault(index, []).append(ip_interface((local, bits)))
+        return tuple(sorted((_interface(body, addresses) for body in links), key=lambda link: link.index))
 
     def routes(self) -> tuple[Route, ...]:
         """Every next hop of every unicast route, of all tables."""
@@ -209,10 +206,11 @@ class Netlink:
         options = _attribute(_BPF_FD, _U32.pack(program_fd))
         options += _attribute(_BPF_NAME, name.encode() + b"\0")
         options += _attribute(_BPF_FLAGS, _U32.pack(_DIRECT_ACTION))
-        request = _filter_request(index, direction, ours.priority if ours else _free_priority(filters))
-        request += _attribute(_TC_KIND, b"bpf\0") + _attribute(_TC_OPTIONS, options)
+        priority = ours.priority if ours else _free_priority(filters)
         try:
-            self._ensure_clsact(index, direction)
+            made = self._ensure_clsact(index, direction)
+            handle = ours.handle if ours else _OUR_HANDLE_ON_OUR_CLSACT if made else _OUR_HANDLE
+            request = _filter_request(index, direction, priority, handle) + _attribute(_TC_OPTIONS, options)
             self._request(_NEWTFILTER, _CREATE | _REPLACE, request)
         except NetlinkError as error:
             if error.errno != errno.ENODEV:
@@ -232,31 +230,33 @@ class Netlink:
 
     def detach(self, index: int) -> None:
         """Remove our filters from this interface, and its clsact if we made it and nobody else uses it."""
-        for direction in Direction:
-            for entry in self._filters(index, direction):
-                if entry.ours:
-                    request = _filter_request(index, direction, entry.priority) + _attribute(_TC_KIND, b"bpf\0")
-                    self._remove(_DELTFILTER, request)
-        if index in self.clsact_made and not any(self._filters(index, direction) for direction in Direction):
+        ours = [
+            (direction, entry) for direction in Direction for entry in self._filters(index, direction) if entry.ours
+        ]
+        for direction, entry in ours:
+            self._remove(_DELTFILTER, _filter_request(index, direction, entry.priority, entry.handle))
+        made = any(entry.handle == _OUR_HANDLE_ON_OUR_CLSACT for _, entry in ours)
+        if made and not any(self._filters(index, direction) for direction in Direction):
             self._remove(_DELQDISC, _clsact_request(index))
-            self.clsact_made.discard(index)
 
-    def _ensure_clsact(self, index: int, direction: Direction) -> None:
+    def _ensure_clsact(self, index: int, direction: Direction) -> bool:
+        """Whether it had to be made."""
         request = _clsact_request(index)
         try:
             self._request(_NEWQDISC, _CREATE | _EXCLUSIVE, request + _attribute(_TC_KIND, b"clsact\0"))
-            self.clsact_made.add(index)
         except NetlinkError as error:
             if error.errno != errno.EEXIST:
                 raise
             if direction is Direction.INGRESS:
-                return  # the older `ingress` qdisc, in the same place, does as well
+                return False  # the older `ingress` qdisc, in the same place, does as well
             for _, body in self._request(_GETQDISC, _ECHO, request):  # without it only listeners are told
                 kind = dict(_attributes(body[_TC.size :]))[_TC_KIND]
                 if kind != b"clsact\0":
                     # It would take the filter, and run it at ingress.
                     message = f"another program's {_text(kind)} qdisc leaves no place for egress programs"
                     raise NetlinkError(errno.EBUSY, message) from error
+            return False
+        return True
 
     def _filters(self, index: int, direction: Direction) -> list[_Filter]:
         """Everybody's; empty without the interface or the qdisc."""
@@ -433,7 +433,7 @@ def _raise_refusal(kind: int, flags: int, body: bytes) -> None:
         raise NetlinkError(code, f"{os.strerror(code)} ({explanation})" if explanation else os.strerror(code))
 
 
-def _interface(body: bytes, addresses: dict[int, list[str]]) -> Interface:
+def _interface(body: bytes, addresses: Mapping[int, Iterable[IPv4Interface | IPv6Interface]]) -> Interface:
     _, _, index, flags, _ = _LINK.unpack_from(body)
     attributes = dict(_attributes(body[_LINK.size :]))
     kind = dict(_attributes(attributes.get(_LINK_INFO, b""))).get(_LINK_INFO_KIND)
@@ -448,7 +448,7 @@ def _interface(body: bytes, addresses: dict[int, list[str]]) -> Interface:
         peer=_U32.unpack(lower)[0] if lower is not None and _LINK_NETNSID not in attributes else None,
         up=bool(flags & _LINK_UP),
         loopback=bool(flags & _LINK_LOOPBACK),
-        addresses=tuple(ip_interface(address) for address in addresses.get(index, ())),
+        addresses=tuple(addresses.get(index, ())),
     )
 
 
@@ -478,8 +478,9 @@ def _clsact_request(index: int) -> bytes:
     return _TC.pack(socket.AF_UNSPEC, index, _CLSACT_HANDLE, _CLSACT_PARENT, 0, 0)
 
 
-def _filter_request(index: int, direction: Direction, priority: int) -> bytes:
-    return _TC.pack(socket.AF_UNSPEC, index, _OUR_HANDLE, direction.value, _EVERY_PROTOCOL, priority)
+def _filter_request(index: int, direction: Direction, priority: int, handle: int) -> bytes:
+    head = _TC.pack(socket.AF_UNSPEC, index, handle, direction.value, _EVERY_PROTOCOL, priority)
+    return head + _attribute(_TC_KIND, b"bpf\0")
 
 
 def _free_priority(filters: Iterable[_Filter]) -> int:
