@@ -6,7 +6,7 @@ MAKEFLAGS += --no-print-directory
 
 CLANG ?= clang
 # Where linux-libc-dev puts asm/; expanded only when something is compiled.
-MULTIARCH = $(shell $(CLANG) -print-multiarch)
+MULTIARCH = $(shell /usr/bin/python3 -c 'import sysconfig; print(sysconfig.get_config_var("MULTIARCH"))')
 BPF_FLAGS := -target bpf -mcpu=v2 -O2 -g -Wall -Werror
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 BPF_OBJECTS := build/enforcer.bpf.o build/enforcer-legacy.bpf.o

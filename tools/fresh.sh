@@ -2,7 +2,7 @@
 # Prove that set-up works where nothing was installed before: a bare system with make and git under build/fresh/, this
 # checkout (what is not yet committed included) copied into it, make setup in a chroot.
 #
-#   tools/fresh.sh [SUITE]    default bookworm; an Ubuntu suite wants ubuntu-keyring
+#   tools/fresh.sh [bookworm|noble]    noble wants Ubuntu's keyring; KEYRING=file if it is not where Ubuntu puts it
 #
 # The mounts live and end with a mount namespace, the processes with a PID namespace: nothing is left behind.
 set -euo pipefail
@@ -15,12 +15,17 @@ command -v debootstrap >/dev/null || { echo "fresh: apt-get install debootstrap,
 
 rm -rf --one-file-system "$root"
 mkdir -p "$root"
-extra=()
 case $suite in
-    noble) extra=("--components=main,universe" --keyring=/usr/share/keyrings/ubuntu-archive-keyring.gpg) ;;
+    bookworm) options=() script=() ;;
+    noble)
+        options=("--components=main,universe" --keyring="${KEYRING:-/usr/share/keyrings/ubuntu-archive-keyring.gpg}")
+        script=("" /usr/share/debootstrap/scripts/gutsy) # older debootstraps have no noble; all of Ubuntu's are this one
+        ;;
+    *) echo "fresh: bookworm or noble, not $suite" >&2; exit 1 ;;
 esac
 echo "fresh: making a bare $suite"
-debootstrap --variant=minbase --include=make,git "${extra[@]}" "$suite" "$root" >build/fresh/"$suite".log 2>&1 || {
+debootstrap --variant=minbase --include=make,git "${options[@]}" "$suite" "$root" \
+    "${script[@]}" >build/fresh/"$suite".log 2>&1 || {
     tail -n 5 build/fresh/"$suite".log >&2
     exit 1
 }
@@ -44,6 +49,7 @@ took=$((($(date +%s%N) - start) / 1000000))
 echo "fresh: the second make setup took $took ms"
 ((took < 2000))
 [[ ! -e /usr/sbin/policy-rc.d ]]
+.venv/bin/python -c 'import bcc, nftables'
 ls build/enforcer.bpf.o build/enforcer-legacy.bpf.o
 .venv/bin/registry-enforcer check
 (($(services) <= before)) || { echo "fresh: a service was started"; exit 1; }
