@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface, ip_network
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enforcer.attribution import PROGRAM_SCOPES, classify_cgroup
@@ -208,6 +208,7 @@ def interfaces_strategy() -> st.SearchStrategy[list[Interface]]:
     )
 
 
+@settings(deadline=None)
 @given(
     interfaces_strategy(),
     st.lists(
@@ -319,6 +320,7 @@ def test_cgroup_of_anybody_else_is_not(path: str) -> None:
     assert classify_cgroup(path) is None
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="/")), st.sampled_from(["docker", "kubepods", f"x/{ID}"]))
 def test_everything_below_a_container_is_a_container(name: str, parent: str) -> None:
     assert classify_cgroup(f"{parent}/{name}") is MarkedScope.CONTAINER
