@@ -1,0 +1,136 @@
+"""The commands as an operator meets them: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from enforcer import cli
+
+POLICY = """
+organization = "Example Corp"
+contact = "platform@example.com"
+presets = ["docker-hub"]
+[[registry]]
+name = "corp"
+hosts = ["registry.corp.example"]
+"""
+
+
+@pytest.fixture
+def policy_file(tmp_path: Path) -> Path:
+    path = tmp_path / "policy.toml"
+    path.write_text(POLICY)
+    return path
+
+
+def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of one command in this process."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as ended:  # argparse
+        code = ended.code if isinstance(ended.code, int) else 1
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_check_is_content_with_a_right_policy(policy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, output, _ = run("check", str(policy_file), capsys=capsys)
+    assert (code, "ok: 2 registries" in output) == (0, True)
+    code, output, _ = run("check", str(policy_file), "--json", capsys=capsys)
+    assert (code, json.loads(output)["registries"]) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("", 1), ("[[registry]]\nname = 'x'\nhosts = ['foo.*']\n", 3), ("ports = [0]\n", 1), ("registry = 1\n", 1)],
+    ids=["empty", "wildcard", "port", "type"],
+)
+def test_check_names_file_and_line_of_a_wrong_policy(
+    text: str, line: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    code, output, error = run("check", str(path), capsys=capsys)
+    assert (code, output) == (2, "")
+    assert error.startswith(f"{path}:{line}: ")
+    assert "; " in error
+
+
+def test_check_of_a_missing_file_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run("check", str(tmp_path / "none.toml"), capsys=capsys)
+    assert (code, str(tmp_path) in error) == (2, True)
+
+
+def test_explain_says_yes_to_a_listed_name_and_no_to_another(
+    policy_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--run-dir", str(tmp_path / "run"), "--policy", str(policy_file)]
+    code, output, _ = run("explain", "registry.corp.example", *places, capsys=capsys)
+    assert (code, "corp" in output) == (0, True)
+    code, output, _ = run("explain", "evil.example:443", *places, capsys=capsys)
+    assert (code, "platform@example.com" in output) == (1, True)
+
+
+@pytest.mark.parametrize("subject", ["", "a b", "host:99999", "[::1", "http://x/"])
+def test_explain_refuses_what_is_neither_name_nor_address(
+    subject: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = run("explain", subject, "--run-dir", str(tmp_path), capsys=capsys)
+    assert (code, bool(error)) == (2, True)
+
+
+def test_without_a_daemon_status_and_an_address_are_not_running(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["status"], ["explain", "192.0.2.1"]):
+        code, _, error = run(*command, "--run-dir", str(tmp_path), capsys=capsys)
+        assert (code, "registry-enforcer run" in error) == (3, True)
+
+
+@pytest.mark.parametrize("address", ["9742", "127.0.0.1", "127.0.0.1:http", "127.0.0.1:70000", ":1"])
+def test_a_wrong_metrics_address_is_bad_input(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run("run", "--metrics", address, capsys=capsys)
+    assert (code, "127.0.0.1:9742" in error) == (2, True)
+
+
+@pytest.mark.parametrize("command", [command.name for command in cli.COMMANDS])
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, output, _ = run(command, "--help", capsys=capsys)
+    assert (code, f"Example: registry-enforcer {command}" in " ".join(output.split())) == (0, True)
+
+
+def test_an_unknown_command_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("stop", capsys=capsys)[0] == 2
+
+
+def test_a_closed_pipe_is_no_error(policy_file: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "enforcer.cli", "check", str(policy_file), "--json"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=30,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("command", ["run", "remove"])
+def test_what_changes_the_kernel_wants_root(command: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-m", "enforcer.cli", command],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, "needs root" in done.stderr) == (2, True)
