@@ -23,7 +23,18 @@ TOP = {
 }  # bpf_loader: a program of its own, the child process that may import bcc
 
 CORE_IMPORTS = {
-    *("__future__", "bisect", "collections", "collections.abc", "copy", "dataclasses", "difflib", "enum", "functools"),
+    *(
+        "__future__",
+        "bisect",
+        "collections",
+        "collections.abc",
+        "contextlib",
+        "copy",
+        "dataclasses",
+        "difflib",
+        "enum",
+        "functools",
+    ),
     *("hashlib", "heapq", "hmac", "ipaddress", "itertools", "json", "math", "operator", "re", "string", "struct"),
     *("datetime", "textwrap", "tomllib", "types", "typing", "unicodedata"),
 }
