@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,3 +54,13 @@ def enforcer(any_enforcer: Enforcer) -> Enforcer:
     """The host's enforcer, running with the lab's policy."""
     any_enforcer.ensure(policy())
     return any_enforcer
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What the daemon said, beside the test that failed."""
+    report = yield
+    enforcer = getattr(item, "funcargs", {}).get("any_enforcer")
+    if report.failed and enforcer is not None:
+        report.sections.append(("the enforcer's log", enforcer.log[-4000:]))
+    return report

@@ -90,7 +90,7 @@ class Enforcer:
     @property
     def log(self) -> str:
         """What the daemon that runs (or ran last) has said."""
-        return self._lab.log(self._log_name)
+        return self._lab.log(self._log_name) if self._starts else ""
 
     @property
     def _log_name(self) -> str:
@@ -170,7 +170,9 @@ class Enforcer:
         return done.stdout
 
     def metrics_text(self) -> str:
-        """What Prometheus would scrape."""
+        """What Prometheus would scrape; RuntimeError with the log if the daemon has ended."""
+        if not self.running:
+            raise RuntimeError(f"the enforcer has ended:\n{self.log[-3000:]}")
         reply = self._scraper.call("http_get", address="127.0.0.1", port=METRICS_PORT, path="/metrics")
         assert reply["status"] == 200
         return str(reply["body"])
