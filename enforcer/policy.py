@@ -221,8 +221,6 @@ def parse(text: str | bytes, source: str, *, wsl: bool = False) -> Policy:
         except UnicodeDecodeError as error:
             line = wire.count(b"\n", 0, error.start) + 1
             raise PolicyError(source, line, "this is not UTF-8 text", "save the file as UTF-8") from None
-    # tomllib does the same, but may not know it when it counts lines.
-    text = text.replace("\r\n", "\n")
     document = _toml(text, source)
     try:
         return _policy(document, source, hashlib.sha256(wire).hexdigest(), wsl)
@@ -299,7 +297,8 @@ def _shown(value: object) -> str:
 def _toml(text: str, source: str) -> Table:
     endless = _ENDLESS_KEY.search(text)
     if endless:
-        raise PolicyError(source, text.count("\n", 0, endless.start()) + 1, "not a policy", "write key = value")
+        line = text.count("\n", 0, endless.start()) + 1
+        raise PolicyError(source, line, "a key without end", 'write key = value, with strings in "double quotes"')
     try:
         document = tomllib.loads(text)
     except RecursionError:

@@ -197,6 +197,7 @@ def test_host_names_are_normalized(written: str, pattern: str) -> None:
         ("mode = 'enforced'", 1, '"enforced"', '"enforce" or "observe"'),
         ("mode = true", 1, "true", '"enforce" or "observe"'),
         ("[scope]\n\nhost = 'on'", 3, '"on"', '"strict" or "off"'),
+        ("ports = [443]\r\n[scope]\r\nhost = 'on'\r\n", 3, '"on"', '"strict" or "off"'),
         ("scope = 'strict'", 1, "not a table", "containers, engines or host"),
         ("ports = 443", 1, "443 is not a list", "ports = [443]"),
         ("ports = []", 1, "0 ports", "1 to 8"),
@@ -318,6 +319,19 @@ def test_a_wrong_host_names_its_line_and_what_to_write(host: str, problem: str, 
     assert advice in error.advice
     assert error.line == 4
     assert str(error).isprintable()
+
+
+@given(st.one_of(st.text(), st.text("*.:/[]@-_a0\u00fc\uff11\u3002", max_size=20)))
+def test_any_text_is_a_host_or_a_mistake_that_can_be_shown(text: str) -> None:
+    try:
+        pattern = host_pattern(text)
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = ""
+        assert host_pattern(str(pattern)) == pattern
+    assert message.isprintable()
+    assert message == "" or "; write" in message
 
 
 def test_more_names_than_the_kernel_holds_are_a_mistake_of_the_rule_that_adds_them() -> None:
