@@ -29,7 +29,7 @@
 #include <uapi/linux/pkt_cls.h>
 #include <uapi/linux/if_ether.h>
 
-#define BPF_LICENSE Dual BSD/GPL
+#define BPF_LICENSE Dual BSD / GPL
 #define PROGRAM(section)
 
 #define ARRAY_MAP(name, value, entries)	       BPF_TABLE("array", __u32, value, name, entries)
@@ -55,32 +55,33 @@
 
 #define PROGRAM(section) SEC(section)
 
-#define KEYED_MAP(map_type, name, map_key, map_value, entries, flags) \
-	struct {                                                      \
-		__uint(type, map_type);                               \
-		__type(key, map_key);                                 \
-		__type(value, map_value);                             \
-		__uint(max_entries, entries);                         \
-		__uint(map_flags, flags);                             \
+#define KEYED_MAP(map_type, name, map_key, map_value, entries, flags)                                                  \
+	struct {                                                                                                       \
+		__uint(type, map_type);                                                                                \
+		__type(key, map_key);                                                                                  \
+		__type(value, map_value);                                                                              \
+		__uint(max_entries, entries);                                                                          \
+		__uint(map_flags, flags);                                                                              \
 	} name SEC(".maps")
 
 #define ARRAY_MAP(name, value, entries)	       KEYED_MAP(BPF_MAP_TYPE_ARRAY, name, __u32, value, entries, 0)
 #define PERCPU_ARRAY_MAP(name, value, entries) KEYED_MAP(BPF_MAP_TYPE_PERCPU_ARRAY, name, __u32, value, entries, 0)
 #define HASH_MAP(name, key, value, entries)    KEYED_MAP(BPF_MAP_TYPE_HASH, name, key, value, entries, 0)
 #define LRU_MAP(name, key, value, entries)     KEYED_MAP(BPF_MAP_TYPE_LRU_HASH, name, key, value, entries, 0)
-#define LPM_MAP(name, key, value, entries)     KEYED_MAP(BPF_MAP_TYPE_LPM_TRIE, name, key, value, entries, BPF_F_NO_PREALLOC)
+#define LPM_MAP(name, key, value, entries)                                                                             \
+	KEYED_MAP(BPF_MAP_TYPE_LPM_TRIE, name, key, value, entries, BPF_F_NO_PREALLOC)
 #ifdef LEGACY_EVENTS
-#define EVENT_MAP(name, bytes)                               \
-	struct {                                             \
-		__uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY); \
-		__uint(key_size, sizeof(__u32));             \
-		__uint(value_size, sizeof(__u32));           \
+#define EVENT_MAP(name, bytes)                                                                                         \
+	struct {                                                                                                       \
+		__uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY);                                                           \
+		__uint(key_size, sizeof(__u32));                                                                       \
+		__uint(value_size, sizeof(__u32));                                                                     \
 	} name SEC(".maps")
 #else
-#define EVENT_MAP(name, bytes)                         \
-	struct {                                       \
-		__uint(type, BPF_MAP_TYPE_RINGBUF);    \
-		__uint(max_entries, bytes);            \
+#define EVENT_MAP(name, bytes)                                                                                         \
+	struct {                                                                                                       \
+		__uint(type, BPF_MAP_TYPE_RINGBUF);                                                                    \
+		__uint(max_entries, bytes);                                                                            \
 	} name SEC(".maps")
 #endif
 
@@ -107,11 +108,11 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 #define FORGET() asm volatile("" ::: "memory")
 
 /* `value & mask` where the compiler, which knows better, would leave it out; the verifier needs to see it. */
-#define MASKED(value, mask)                                              \
-	({                                                               \
-		__u64 masked_ = (value);                                 \
-		asm volatile("%0 &= %1" : "+r"(masked_) : "i"(mask)); \
-		masked_;                                                 \
+#define MASKED(value, mask)                                                                                            \
+	({                                                                                                             \
+		__u64 masked_ = (value);                                                                               \
+		asm volatile("%0 &= %1" : "+r"(masked_) : "i"(mask));                                                  \
+		masked_;                                                                                               \
 	})
 
 #endif

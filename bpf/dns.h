@@ -21,6 +21,7 @@
 #define MAX_WIRE_NAME	  255
 #define POINTER		  0xc0 /* the two high bits of a compression pointer (RFC 1035 section 4.1.4) */
 #define POINTER_BYTES	  2
+#define MAX_POINTERS	  15 /* in one name; dnspython follows 16, of which the owner that points here is one */
 #define FLAG_ANSWER	  0x8000
 #define FLAGS_OPCODE	  0x7800
 #define FLAG_TRUNCATED	  0x0200
@@ -34,12 +35,12 @@
 #define BYTES_OF(x)	  (0x0101010101010101ULL * (x))
 
 enum step {
-	STEP_NAME,    /* some bytes of a name */
-	STEP_ASKED,   /* the question's name is known */
-	STEP_OWNER,   /* a record begins */
-	STEP_SKIP,    /* a label of an owner that is not the chain's */
-	STEP_RECORD,  /* what follows the owner */
-	STEP_INSERT,  /* one (address, port) */
+	STEP_NAME,   /* some bytes of a name */
+	STEP_ASKED,  /* the question's name is known */
+	STEP_OWNER,  /* a record begins */
+	STEP_SKIP,   /* a label of an owner that is not the chain's */
+	STEP_RECORD, /* what follows the owner */
+	STEP_INSERT, /* one (address, port) */
 	STEP_DONE,
 };
 
@@ -119,6 +120,7 @@ INLINE void start_name(struct scratch *s, __u64 purpose, __u64 at, __u64 limit)
 	s->limit = limit;
 	s->lowest = at;
 	s->resume = 0;
+	s->pointers = 0;
 	s->left = 0;
 	s->position = 0;
 	s->step = STEP_NAME;
@@ -158,8 +160,9 @@ INLINE int follow_pointer(struct scratch *s)
 {
 	__u64 target = field_16(wire_at(s, s->at)) & 0x3fff;
 
-	if (s->at + POINTER_BYTES > s->limit || target >= s->lowest)
+	if (s->at + POINTER_BYTES > s->limit || target >= s->lowest || s->pointers >= MAX_POINTERS)
 		return 0;
+	s->pointers++;
 	if (!s->resume)
 		s->resume = s->at + POINTER_BYTES;
 	s->limit = s->lowest;
@@ -318,7 +321,8 @@ INLINE void track_queries(struct __sk_buff *skb, struct scratch *s, struct setti
 {
 	int i;
 
-	if (s->packet.destination_port != DNS_PORT || s->packet.fragment || !find_resolver((void *)s->packet.destination))
+	if (s->packet.destination_port != DNS_PORT || s->packet.fragment ||
+	    !find_resolver((void *)s->packet.destination))
 		return;
 	s->now = now_ns();
 	s->next = s->packet.payload;
@@ -345,7 +349,8 @@ INLINE int start_answer(struct __sk_buff *skb, struct scratch *s, struct setting
 	if (!next_message(skb, s))
 		return 0;
 	flags = field_16(s->wire + 2);
-	if (s->length < DNS_HEADER_BYTES || !(flags & FLAG_ANSWER) || flags & FLAGS_OPCODE || field_16(s->wire + 4) != 1) {
+	if (s->length < DNS_HEADER_BYTES || !(flags & FLAG_ANSWER) || flags & FLAGS_OPCODE ||
+	    field_16(s->wire + 4) != 1) {
 		finish(s, OUTCOME_MALFORMED);
 		return 1;
 	}
@@ -423,10 +428,10 @@ INLINE void start_record(struct scratch *s)
 	__u64 at = s->at;
 
 	if (!s->records) {
-		finish(s, s->unfit      ? OUTCOME_UNREADABLE
-			  : s->inserted ? OUTCOME_LEARNED
+		finish(s, s->unfit	 ? OUTCOME_UNREADABLE
+			  : s->inserted	 ? OUTCOME_LEARNED
 			  : s->permitted ? OUTCOME_REPEATED
-					: OUTCOME_NO_ADDRESS);
+					 : OUTCOME_NO_ADDRESS);
 		return;
 	}
 	s->records--;
@@ -512,7 +517,8 @@ INLINE void read_record(struct scratch *s, struct settings *settings)
 		map_ipv4(s->learned_key.address, address);
 	} else {
 		copy_ipv6(s->learned_key.address, address);
-		if (!*(__u64 *)s->learned_key.address && *(__u32 *)(s->learned_key.address + 8) == NETWORK_32(0x0000ffffU))
+		if (!*(__u64 *)s->learned_key.address &&
+		    *(__u32 *)(s->learned_key.address + 8) == NETWORK_32(0x0000ffffU))
 			return; /* an IPv4 address in disguise */
 	}
 	if (!may_be_learned(s))
@@ -536,7 +542,8 @@ INLINE void insert_address(struct scratch *s, struct settings *settings)
 	s->permitted++;
 	known = find_learned(&s->learned_key);
 	if (known && known->expires_at > s->now) {
-		if (known->pattern_id == s->learned.pattern_id && expires_at < known->expires_at + settings->refresh_margin)
+		if (known->pattern_id == s->learned.pattern_id &&
+		    expires_at < known->expires_at + settings->refresh_margin)
 			return;
 		known_until = known->expires_at;
 	}

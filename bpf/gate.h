@@ -7,7 +7,8 @@
 #define SOL_SOCKET_LEVEL  1  /* SOL_SOCKET and SO_MARK of the kernel's asm-generic/socket.h */
 #define SO_MARK_OPTION	  36
 
-/* Our bits of a packet are ours to set: macvlan and sockets of the host's own network are not scrubbed by any device. */
+/* Our bits of a packet are ours to set: macvlan and sockets of the host's own network are not scrubbed by any device.
+ */
 INLINE void clear_mark(struct __sk_buff *skb, struct settings *settings)
 {
 	if (skb->mark & settings->mark_mask)

@@ -3,9 +3,9 @@
 #ifndef REGISTRY_ENFORCER_MAPS_H
 #define REGISTRY_ENFORCER_MAPS_H
 
-#define WIRE_SLACK 64 /* reads at a masked index may run over MAX_WIRE_BYTES */
-#define CHAIN_MASK 255 /* a name in wire form has at most 255 bytes (RFC 1035 section 2.3.4) */
-#define NAME_SLACK 8 /* names are read and written in words */
+#define WIRE_SLACK   64	 /* reads at a masked index may run over MAX_WIRE_BYTES */
+#define CHAIN_MASK   255 /* a name in wire form has at most 255 bytes (RFC 1035 section 2.3.4) */
+#define NAME_SLACK   8	 /* names are read and written in words */
 #define REVERSED_END (MAX_NAME_BYTES + NAME_SLACK)
 
 struct address {
@@ -23,36 +23,37 @@ struct scratch {
 	struct packet packet;
 
 	/* the messages of this packet */
-	__u64 step;	    /* STEP_*: what to do next */
-	__u64 next;	    /* offset in the packet of the next message, TCP: of its length */
-	__u64 whole;	    /* bytes of this message */
-	__u64 length;	    /* bytes of it that are in `wire` */
-	__u64 outcome;	    /* OUTCOME_* */
-	__u64 listed;	    /* the name is in the policy */
-	__u64 expected;	    /* hash of the question that was asked */
+	__u64 step;	/* STEP_*: what to do next */
+	__u64 next;	/* offset in the packet of the next message, TCP: of its length */
+	__u64 whole;	/* bytes of this message */
+	__u64 length;	/* bytes of it that are in `wire` */
+	__u64 outcome;	/* OUTCOME_* */
+	__u64 listed;	/* the name is in the policy */
+	__u64 expected; /* hash of the question that was asked */
 	__u64 now;
 
 	/* the name that is being read */
-	__u64 purpose;	    /* NAME_*: what for */
-	__u64 at;	    /* offset in `wire` of the next byte */
-	__u64 limit;	    /* offset where this run of labels must have ended */
-	__u64 lowest;	    /* a pointer must point below this offset, as dnspython demands: so every name ends */
-	__u64 resume;	    /* offset behind the first pointer, 0: none was met */
-	__u64 left;	    /* bytes of the label that remain */
-	__u64 position;	    /* index in `chain` */
-	__u64 hash;	    /* of what was stored */
-	__u64 odd;	    /* a label held a dot or a NUL: the name has no unambiguous text */
+	__u64 purpose;	/* NAME_*: what for */
+	__u64 at;	/* offset in `wire` of the next byte */
+	__u64 limit;	/* offset where this run of labels must have ended */
+	__u64 lowest;	/* a pointer must point below this offset, as dnspython demands: so every name ends */
+	__u64 resume;	/* offset behind the first pointer, 0: none was met */
+	__u64 pointers; /* followed */
+	__u64 left;	/* bytes of the label that remain */
+	__u64 position; /* index in `chain` */
+	__u64 hash;	/* of what was stored */
+	__u64 odd;	/* a label held a dot or a NUL: the name has no unambiguous text */
 
 	/* the records */
-	__u64 records;	    /* that remain */
-	__u64 unfit;	    /* something in the answer was left to the daemon */
-	__u64 type;	    /* of the question */
-	__u64 chain_at;	    /* offset in `wire` of the name in `chain` */
-	__u64 foreign;	    /* its owner is another name */
-	__u64 rdata_end;    /* offset in `wire` */
-	__u64 port_index;   /* next of `rule.ports` */
-	__u64 inserted;	    /* (address, port) that are new or live longer */
-	__u64 permitted;    /* (address, port) that may be connected to because of this message */
+	__u64 records;	  /* that remain */
+	__u64 unfit;	  /* something in the answer was left to the daemon */
+	__u64 type;	  /* of the question */
+	__u64 chain_at;	  /* offset in `wire` of the name in `chain` */
+	__u64 foreign;	  /* its owner is another name */
+	__u64 rdata_end;  /* offset in `wire` */
+	__u64 port_index; /* next of `rule.ports` */
+	__u64 inserted;	  /* (address, port) that are new or live longer */
+	__u64 permitted;  /* (address, port) that may be connected to because of this message */
 
 	struct name_rule rule;
 	struct query_key query_key;
@@ -67,7 +68,8 @@ struct scratch {
 	struct dns_event event; /* the message follows without a gap */
 	__u8 wire[MAX_WIRE_BYTES + WIRE_SLACK];
 };
-_Static_assert(__builtin_offsetof(struct scratch, wire) == __builtin_offsetof(struct scratch, event) + sizeof(struct dns_event),
+_Static_assert(__builtin_offsetof(struct scratch, wire) ==
+		       __builtin_offsetof(struct scratch, event) + sizeof(struct dns_event),
 	       "the message follows its event");
 
 ARRAY_MAP(settings, struct settings, 1);

@@ -20,10 +20,10 @@ struct packet {
 	__u64 protocol; /* IPPROTO_UDP or IPPROTO_TCP */
 	__u64 source_port;
 	__u64 destination_port;
-	__u64 payload; /* offset of what follows the transport header */
-	__u64 end;     /* offset of the packet's end, by its own IP header */
+	__u64 payload;	    /* offset of what follows the transport header */
+	__u64 end;	    /* offset of the packet's end, by its own IP header */
 	__u64 datagram_end; /* UDP: the end by its UDP header, beyond `end` in a fragment; TCP: `end` */
-	__u64 fragment; /* more fragments follow */
+	__u64 fragment;	    /* more fragments follow */
 	__u8 head[IPV6_HEADER_BYTES];
 	__u8 transport[TCP_HEADER_BYTES];
 	__u8 padding[4];
@@ -101,7 +101,8 @@ INLINE __u64 read_ipv6(struct __sk_buff *skb, struct packet *packet)
 	for (i = 0; i < MAX_EXTENSIONS; i++) {
 		__u64 next = packet->protocol;
 
-		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS && next != IPPROTO_FRAGMENT)
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
+		    next != IPPROTO_FRAGMENT)
 			return at;
 		if (!load_bytes(skb, at, packet->transport, 8))
 			return 0;
