@@ -58,6 +58,7 @@ from enforcer.policy import (
 
 log = logging.getLogger("registry-enforcer")
 
+REQUIRED_PROGRAMS = frozenset({"learn", "track_query", "gate"})
 DEFAULT_BPFFS = Path("/sys/fs/bpf/registry-enforcer")
 HOUSEKEEPING_SECONDS = 1.0
 RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFRESH_MARGIN_SECONDS
@@ -166,6 +167,7 @@ class Enforcement:
         self._lost_seen = 0
         self._ranges: dict[bytes, bytes] = {}
         self._attached: dict[int, str] = {}  # interface index -> the program at its ingress
+        self._unattachable: set[int] = set()  # interfaces that refused it, each logged once
         self._unresolved: set[str] = set()  # exact names whose last own question failed, each logged once
         self._asking: set[str] = set()  # names of unreadable answers that are being asked for
         self._asked: set[asyncio.Task[None]] = set()
@@ -211,7 +213,7 @@ class Enforcement:
         settings = self._kernel.maps["settings"]
         slot = bytes(4)
         before = kernel_abi.SETTINGS.codec.unpack(settings.lookup(slot) or bytes(kernel_abi.SETTINGS.size))
-        pidns_device, pidns_inode = procfs.pidns_identity() or (0, 0)
+        pidns_device, pidns_inode = procfs.pidns_identity()
         settings.update(
             slot,
             kernel_abi.SETTINGS.codec.pack(
@@ -448,11 +450,17 @@ class Enforcement:
             name = self._program_at(index)
             if self._attached.get(index) == name:
                 continue
-            there = self._links.attach(index, netlink.Direction.INGRESS, programs[name].fd, name)
-            if there and name == "learn":
-                there = self._links.attach(index, netlink.Direction.EGRESS, programs["track_query"].fd, "track_query")
-            if there:
-                self._attached[index] = name
+            wanted = [(netlink.Direction.INGRESS, name)]
+            if name == "learn":
+                wanted.append((netlink.Direction.EGRESS, "track_query"))
+            try:
+                if all(self._links.attach(index, at, programs[program].fd, program) for at, program in wanted):
+                    self._attached[index] = name
+            except netlink.NetlinkError as error:
+                # Nothing opens: without the program no answer teaches here and no packet is vouched for.
+                if index not in self._unattachable:
+                    self._unattachable.add(index)
+                    log.warning("interface %d takes no BPF program (%s): nothing is learned there", index, error)
         for index in self._attached.keys() - (self.plan.learn | self.plan.gate):
             del self._attached[index]
         if self._table_present and (before is None or before.internal != self.plan.internal):
@@ -695,6 +703,10 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             reader = stack.enter_context(bpf.EventReader(kernel.maps["events"]))
         except bpf.BpfError as error:
             raise UnsupportedHostError(str(error)) from None
+        absent = REQUIRED_PROGRAMS - kernel.programs.keys()
+        if absent:
+            reasons = "; ".join(f"{name}: {report.refused.get(name, 'not in the object')}" for name in sorted(absent))
+            raise UnsupportedHostError(f"this kernel refuses BPF programs that learning needs: {reasons}")
         for program, why in report.refused.items():
             log.warning("this kernel does not take the BPF program %s: %s", program, why)
         links = stack.enter_context(netlink.Netlink())
@@ -780,8 +792,8 @@ def remove(run_dir: Path, bpffs: Path | None, cgroup: Path | None) -> list[str]:
         places = json.loads((run_dir / INSTANCE_NAME).read_text())
     except (FileNotFoundError, ValueError):
         places = {}
-    bpffs = bpffs or (Path(places["bpffs"]) if places.get("bpffs") else DEFAULT_BPFFS)
-    cgroup = cgroup or (Path(places["cgroup"]) if places.get("cgroup") else procfs.cgroup_root())
+    bpffs = bpffs or Path(places.get("bpffs") or DEFAULT_BPFFS)
+    cgroup = cgroup or Path(places.get("cgroup") or procfs.cgroup_root() or "/")
     removed = []
     with control.hold(run_dir), nft.Nft() as firewall, netlink.Netlink() as links:
         # The table goes last: while anything is left, what has no permission is refused.

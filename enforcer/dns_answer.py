@@ -27,7 +27,7 @@ from enforcer.policy import Address, Network
 HEADER = struct.Struct("!6H")  # RFC 1035 section 4.1.1: id, flags, then how many questions, answers, ...
 QUERY_PAYLOAD_BYTES = 1232  # of our own queries: what no path fragments (dnsflagday.net/2020)
 _POINTER = 0xC0
-_ADDRESS_TYPES: dict[int, type[IPv4Address] | type[IPv6Address]] = {
+ADDRESS_TYPES: dict[int, type[IPv4Address] | type[IPv6Address]] = {
     dns.rdatatype.A: IPv4Address,
     dns.rdatatype.AAAA: IPv6Address,
 }
@@ -68,7 +68,7 @@ def parse_answer(wire: bytes, resolver: Address) -> DnsAnswer:
         raise DnsAnswerError("a query, not an answer")
     targets: dict[dns.name.Name, list[dns.name.Name]] = {}
     found: list[tuple[dns.name.Name, AnswerAddress]] = []
-    if flags & 0xF == 0 and rdtype in _ADDRESS_TYPES:
+    if flags & 0xF == 0 and rdtype in ADDRESS_TYPES:
         for _ in range(records):
             try:
                 owner, kind, ttl_seconds, value = _read_record(parser)
@@ -157,9 +157,9 @@ def _read_record(
             inner = dns.wire.Parser(parser.wire[: parser.current], data_at)
             target = _name(inner)
             value = target if inner.remaining() == 0 else None
-        elif rdtype in _ADDRESS_TYPES:
+        elif rdtype in ADDRESS_TYPES:
             with contextlib.suppress(ValueError):  # of another length
-                value = _ADDRESS_TYPES[rdtype](data)
+                value = ADDRESS_TYPES[rdtype](data)
     return owner, rdtype, ttl_seconds if ttl_seconds <= _MAX_TTL_SECONDS else 0, value
 
 

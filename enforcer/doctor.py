@@ -121,7 +121,7 @@ def _bpf(bpffs: Path) -> Iterator[Finding]:
         yield Finding("bpf", State.MISSING, str(error), "addresses cannot be learned before the client uses them")
         return
     finally:
-        bpf.remove(trial, None)
+        bpf.remove(trial, Path("/"))  # nothing of it is attached to any cgroup
     yield Finding("bpf", State.OK, f"{', '.join(sorted(report.programs))} verified in {report.seconds:.2f} s")
     for name, meaning in _HOOKS.items():
         if name not in report.programs:
