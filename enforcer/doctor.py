@@ -1,7 +1,8 @@
 """What this host offers to enforcement: each feature tried, what is missing, what that costs and what to do about it.
 
-Everything is probed by trying and nothing by version. It changes nothing that lasts: nft features are tried in a table
-without hooks, BPF programs are loaded beside a running daemon's and unlinked again.
+Everything is probed by trying and nothing by version. It enforces nothing: nft features are tried in a table without
+hooks, BPF programs are loaded beside a running daemon's and unlinked again. A bpffs that is missing is mounted, since
+`run` needs it as well.
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ def _features(capabilities: ruleset.Capabilities) -> Iterator[Finding]:
 def _bpf(bpffs: Path) -> Iterator[Finding]:
     trial = bpffs / f"doctor-{os.getpid()}"
     try:
+        if bpf.ensure_bpffs(bpffs):
+            yield Finding("bpffs", State.OK, f"was not mounted; mounted now, for {bpffs}")
         bpf.ensure_bpffs(trial)
         report = bpf.load(trial)
     except bpf.BpfError as error:
