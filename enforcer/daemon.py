@@ -40,11 +40,12 @@ from enforcer import (
     procfs,
     resolver,
     ruleset,
+    state,
     topology,
 )
 from enforcer.bpf import Loader
 from enforcer.kernel_abi import DnsEvent, MarkedScope, Outcome, Protocol, RangeClass
-from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, permitted
+from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, may_teach, permitted
 from enforcer.policy import (
     Address,
     Mode,
@@ -61,6 +62,7 @@ log = logging.getLogger("registry-enforcer")
 REQUIRED_PROGRAMS = frozenset({"learn", "track_query", "gate"})
 DEFAULT_BPFFS = Path("/sys/fs/bpf/registry-enforcer")
 HOUSEKEEPING_SECONDS = 1.0
+SAVE_SECONDS = 60.0
 RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFRESH_MARGIN_SECONDS
 RESOLVE_CONCURRENCY = 16
 FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
@@ -164,6 +166,7 @@ class Enforcement:
         self._cgroup = cgroup
         self._loop = asyncio.get_running_loop()
         self._table_present = firewall.present()  # an earlier daemon's
+        self._unsaved = False  # the last attempt to write the state file failed
         self._lost_seen = 0
         self._ranges: dict[bytes, bytes] = {}
         self._attached: dict[int, str] = {}  # interface index -> the program at its ingress
@@ -190,6 +193,7 @@ class Enforcement:
         maps["names"].replace_all(wanted)
         self.follow_resolvers()
         self._adopt_learned()
+        self._adopt_saved()
         if self._cgroup is not None:
             for program in self._kernel.programs.values():
                 if program.name.upper() in bpf.CgroupHook.__members__:
@@ -259,6 +263,53 @@ class Enforcement:
         self._apply(changes)
         if entries:
             log.info("took over %d learned permissions from the kernel", len(entries))
+
+    def _adopt_saved(self) -> None:
+        """Hold what the state file remembers from before a reboot, as far as the policy still allows it."""
+        try:
+            saved = state.load(self.options.state_dir)
+        except state.StateError as error:
+            log.warning("%s; registries are learned anew", error)
+            return
+        now, wall_clock = self._kernel.now_ns() / NANOSECONDS, time.time()
+        entries = []
+        for entry in saved:
+            left = min(entry.expires_at - wall_clock, kernel_abi.LIFETIME_CEILING_SECONDS)  # the clock may have stepped
+            matches = [
+                (rule, pattern)
+                for rule, pattern in self.index.covering(entry.pattern.name, wildcard=entry.pattern.wildcard)
+                if (rule.name, pattern) == (entry.rule, entry.pattern) and entry.port in rule.ports
+            ]
+            if matches and left > 0 and may_teach(self._classify(entry.address), matches[0][0]):
+                entries.append(
+                    LearnedAddress(entry.address, entry.port, entry.name, entry.rule, entry.pattern, now + left)
+                )
+        self._apply(self.learned.learn(entries))
+
+    def save(self) -> None:
+        """Write the state file; a failure is logged once and enforcement goes on."""
+        wall_clock_offset = time.time() - self._kernel.now_ns() / NANOSECONDS
+        try:
+            state.save(
+                self.options.state_dir,
+                (
+                    state.SavedAddress(
+                        entry.address,
+                        entry.port,
+                        entry.name,
+                        entry.rule,
+                        entry.pattern,
+                        entry.expires_at + wall_clock_offset,
+                    )
+                    for entry in self.learned
+                ),
+            )
+        except state.StateError as error:
+            if not self._unsaved:
+                log.warning("%s; what is learned would be lost in a reboot", error)
+            self._unsaved = True
+        else:
+            self._unsaved = False
 
     def _elements_without_reason(self, wanted: Mapping[Destination, object]) -> list[Destination]:
         """What an earlier daemon permitted and this one cannot account for."""
@@ -520,7 +571,7 @@ class Enforcement:
             return any(
                 (rule.name, pattern) == (entry.rule, entry.pattern)
                 and entry.port in rule.ports
-                and (rule.private_addresses or self._classify(entry.address) is not RangeClass.PRIVATE)
+                and may_teach(self._classify(entry.address), rule)
                 for rule, pattern in index.covering(entry.pattern.name, wildcard=entry.pattern.wildcard)
             )
 
@@ -744,10 +795,12 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
                     group.create_task(enforcement.keep_asking()),
                     group.create_task(enforcement.follow_links()),
                     group.create_task(_every(HOUSEKEEPING_SECONDS, enforcement.housekeeping)),
+                    group.create_task(_every(SAVE_SECONDS, enforcement.save)),
                 ]
                 await ended
                 for task in tasks:
                     task.cancel()
+        enforcement.save()
         log.info("stopped; what the kernel was told stays in force, `registry-enforcer remove` takes it out")
 
 

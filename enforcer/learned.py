@@ -56,14 +56,18 @@ def lifetime_seconds(ttl_seconds: int) -> int:
     return min(max(ttl_seconds, LIFETIME_FLOOR_SECONDS), LIFETIME_CEILING_SECONDS)
 
 
+def may_teach(range_class: RangeClass | None, rule: Rule) -> bool:
+    """Whether an answer with an address of this class (None: public) permits it to `rule`."""
+    return range_class is None or (range_class is RangeClass.PRIVATE and rule.private_addresses)
+
+
 def permitted(
     answer: DnsAnswer, matches: Iterable[tuple[Rule, HostPattern]], classify: Classify, now: float
 ) -> Iterator[LearnedAddress]:
     """Every permission that `answer` gives under `matches`, the rules and patterns that cover its question."""
     for rule, pattern in matches:
         for record in answer.addresses:
-            range_class = classify(record.address)
-            if range_class is RangeClass.NEVER or (range_class is RangeClass.PRIVATE and not rule.private_addresses):
+            if not may_teach(classify(record.address), rule):
                 continue
             expires_at = now + lifetime_seconds(record.ttl_seconds)
             for port in rule.ports:

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "enforcer"
 
 CORE = {"kernel_abi", "toml_lines", "policy", "dns_answer", "learned", "ruleset", "advice", "topology", "attribution"}
-SHELL = {"bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver"}
+SHELL = {"bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver", "state"}
 TOP = {
     "daemon",
     "doctor",

@@ -1,0 +1,94 @@
+"""The state file survives what happens to files, and a damaged one is set aside and named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from enforcer import state
+from enforcer.policy import HostPattern
+
+ENTRY = state.SavedAddress(
+    ip_address("198.18.0.1"), 443, "a.corp.example", "corp", HostPattern("corp.example", wildcard=True), 1_900_000_000
+)
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    state.save(tmp_path / "state", [ENTRY])
+    assert state.load(tmp_path / "state") == [ENTRY]
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "state" / state.FILE_NAME).stat().st_mode & 0o777 == 0o600
+
+
+def test_without_a_file_nothing_is_loaded(tmp_path: Path) -> None:
+    assert state.load(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"version": 2, "learned": []}', '{"version": 1, "learned": [[1]]}', "[" * 100_000,
+     '{"version": 1, "learned": [["nowhere", 443, "a", "r", "a.b", 1]]}',
+     '{"version": 1, "learned": [["192.0.2.1", "443", "a", "r", "a.b", 1]]}',
+     '{"version": 1, "learned": [["192.0.2.1", 443, "a", "r", "*", 1]]}'],
+)  # fmt: skip
+def test_a_damaged_file_is_set_aside_and_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / state.FILE_NAME
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(state.StateError, match="set aside"):
+        state.load(tmp_path)
+    assert not path.exists()
+    assert path.with_name(f"{state.FILE_NAME}.bad").read_text() == text
+    assert state.load(tmp_path) == []
+
+
+@given(st.binary(max_size=200))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_content_of_the_file_gets_past_as_another_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / state.FILE_NAME
+    path.write_bytes(content)
+    path.chmod(0o600)
+    with pytest.raises(state.StateError):
+        state.load(tmp_path)
+
+
+def test_a_file_that_others_may_write_is_not_believed(tmp_path: Path) -> None:
+    state.save(tmp_path, [ENTRY])
+    (tmp_path / state.FILE_NAME).chmod(0o666)
+    with pytest.raises(state.StateError, match="alone may write"):
+        state.load(tmp_path)
+
+
+def test_a_symbolic_link_or_a_pipe_is_not_followed(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    state.save(elsewhere, [ENTRY])
+    (tmp_path / state.FILE_NAME).symlink_to(elsewhere / state.FILE_NAME)
+    with pytest.raises(state.StateError):
+        state.load(tmp_path)
+    os.mkfifo(tmp_path / state.FILE_NAME)
+    with pytest.raises(state.StateError):
+        state.load(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state.save(tmp_path, [ENTRY])
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(state.StateError, match="No space left"):
+        state.save(tmp_path, [])
+    assert state.load(tmp_path) == [ENTRY]
+
+
+def test_the_file_is_plain_json_with_a_version(tmp_path: Path) -> None:
+    state.save(tmp_path, [ENTRY])
+    assert json.loads((tmp_path / state.FILE_NAME).read_text())["version"] == state.VERSION
