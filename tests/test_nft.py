@@ -294,6 +294,8 @@ def lab() -> Iterator[Lab]:
         for address in (plan.evil, plan.good, plan.static):
             servers.listen(lab.wan, socket.SOCK_DGRAM, address, 443)
             servers.listen(lab.wan, socket.SOCK_DGRAM, address, 8000)
+        servers.listen(lab.box2, socket.SOCK_DGRAM, plan.box2, 443)
+        servers.listen(lab.host, socket.SOCK_DGRAM, plan.bridge, 443)
     servers.start()
     try:
         for plan in (V4, V6):
@@ -704,6 +706,22 @@ def test_what_stays_in_this_host_or_comes_in_is_never_refused(host: Host, plan: 
         assert tcp(namespace, plan.evil) is Outcome.RESET
 
 
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
+def test_answer_to_an_inbound_client_on_a_registry_port_is_never_refused(
+    host: Host, plan: Plan, kind: socket.SocketKind
+) -> None:
+    host.enforce(replace(ALL_STRICT, ports=(443, 6000)))
+    for server in (plan.bridge, plan.box2):
+        with opened(host.lab.wan, kind, plan.wan) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            client.bind((plan.wan, 6000))
+            client.connect((server, 443))
+            client.send(b"hello")
+            assert client.recv(100) == b"hello"
+    assert tcp(host.lab.host, plan.wan, 6000) is Outcome.RESET
+    assert udp(host.lab.host, plan.wan, 6000) is Outcome.PROHIBITED
+
+
 def test_loopback_is_never_refused(host: Host) -> None:
     host.enforce(ALL_STRICT)
     for address in ("127.0.0.1", "::1", V4.bridge):
@@ -828,13 +846,18 @@ class Prober(threading.Thread):
 
 def test_reload_and_refresh_under_traffic_lose_nothing_and_open_nothing(host: Host, plan: Plan) -> None:
     host.learn(plan.good)
-    with Prober(host.lab, plan.good, Outcome.OPEN) as good, Prober(host.lab, plan.evil, Outcome.RESET) as evil:
+    with (
+        Prober(host.lab, plan.good, Outcome.OPEN) as good,
+        Prober(host.lab, plan.box2, Outcome.OPEN) as internal,
+        Prober(host.lab, plan.evil, Outcome.RESET) as evil,
+    ):
         for turn in range(100):
             host.enforce(ALL_STRICT if turn % 2 else DEFAULT)
             host.learn(plan.good)
-        until(lambda: min(good.rounds, evil.rounds) > 50, 20)
+        until(lambda: min(good.rounds, internal.rounds, evil.rounds) > 50, 20)
         for _ in range(100):
             host.learn(plan.good)
             host.enforce(DEFAULT)
     assert good.surprises == []
+    assert internal.surprises == []
     assert evil.surprises == []
