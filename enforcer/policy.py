@@ -142,7 +142,7 @@ class Policy:
     scope: Scope
     rules: tuple[Rule, ...]
     resolvers: Resolvers
-    source: str  # the file's path, or "built-in default"
+    source: str  # the file's path, or "the built-in default"
     digest: str  # SHA-256 of the text, hex
 
 
@@ -230,7 +230,7 @@ def parse(text: str | bytes, source: str, *, wsl: bool = False) -> Policy:
 
 def default_policy(*, wsl: bool = False) -> Policy:
     """What is enforced without a policy file: Docker Hub alone."""
-    return parse(_DEFAULT, "built-in default", wsl=wsl)
+    return parse(_DEFAULT, "the built-in default", wsl=wsl)
 
 
 def read_policy(path: Path, *, wsl: bool = False) -> Policy:

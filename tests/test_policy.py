@@ -123,7 +123,7 @@ def test_a_registry_is_reachable_on_443_and_a_destination_on_the_registry_ports_
 
 def test_without_a_file_docker_hub_alone_is_enforced() -> None:
     policy = default_policy()
-    assert policy.source == "built-in default"
+    assert policy.source == "the built-in default"
     assert policy.mode is Mode.ENFORCE
     assert [rule.name for rule in policy.rules] == ["docker-hub"]
     assert NameIndex(policy).match("registry-1.docker.io")
