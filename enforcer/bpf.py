@@ -677,7 +677,7 @@ def _attach_without_link(program: Program, cgroup_fd: int, hook: CgroupHook, bpf
         call(_PROG_ATTACH, packed("IIIII", cgroup_fd, program.fd, hook, _F_ALLOW_MULTI, 0))
         path.unlink(missing_ok=True)
         _pin_in(program.fd, path)
-        if old is not None:
+        if old is not None and _program(old, program.name).id != program.id:
             _detach_program(old, cgroup_fd, hook)
 
 

@@ -614,7 +614,8 @@ def test_remove_detaches(bpffs: Path, unit: Inputs, cgroup: Path) -> None:
         assert bpf.attached_programs(cgroup, CgroupHook[name.upper()]) == []
 
 
-def test_link_to_a_cgroup_that_has_gone_is_replaced(bpffs: Path, kernel: KernelState, cgroup: Path) -> None:
+@pytest.mark.usefixtures("with_or_without_links")
+def test_attachment_to_a_cgroup_that_has_gone_is_replaced(bpffs: Path, kernel: KernelState, cgroup: Path) -> None:
     gone = cgroup / "gone"
     gone.mkdir()
     bpf.attach_cgroup(kernel.programs["connect4"], gone, bpffs)
@@ -624,15 +625,18 @@ def test_link_to_a_cgroup_that_has_gone_is_replaced(bpffs: Path, kernel: KernelS
     bpf.detach_cgroup("connect4", cgroup, bpffs)
 
 
-def test_hook_of_another_tool_stays(bpffs: Path, kernel: KernelState, cgroup: Path) -> None:
-    theirs, ours = bpffs, bpffs / "ours"
-    ours.mkdir()
-    bpf.attach_cgroup(kernel.programs["connect4"], cgroup, theirs)
-    bpf.attach_cgroup(kernel.programs["connect4"], cgroup, ours)
+@pytest.mark.usefixtures("with_or_without_links")
+def test_hook_of_another_instance_stays(bpffs: Path, unit: Inputs, cgroup: Path) -> None:
+    theirs, ours = bpffs / "theirs", bpffs / "ours"
+    for instance in theirs, ours:
+        bpf.ensure_bpffs(instance)
+        with KernelState(bpf.load(instance, inputs=unit(Loader.LIBBPF))) as state:
+            bpf.attach_cgroup(state.programs["connect4"], cgroup, instance)
     assert len(bpf.attached_programs(cgroup, CgroupHook.CONNECT4)) == 2
     bpf.remove(ours, cgroup)
     assert connect_in(cgroup) == REFUSED_BY_HOOK
-    bpf.detach_cgroup("connect4", cgroup, theirs)
+    bpf.remove(theirs, cgroup)
+    assert connect_in(cgroup) == NOTHING_LISTENS
 
 
 def test_directory_outside_cgroup_v2_is_refused_with_advice(bpffs: Path, kernel: KernelState, tmp_path: Path) -> None:
