@@ -489,6 +489,17 @@ def test_feature_that_the_kernel_refuses_is_missing(lab: Lab, monkeypatch: pytes
         assert nft.probe() == Capabilities(FULL.features - {Feature.LOG})
 
 
+def test_probing_without_privilege_is_an_error_and_not_a_kernel_without_features(lab: Lab) -> None:
+    with nft_in(lab.wan) as nft:
+        os.seteuid(65_534)
+        try:
+            with pytest.raises(NftError, match="Operation not permitted"):
+                nft.probe()
+        finally:
+            os.seteuid(0)
+        assert nft.probe() == FULL
+
+
 def test_nft_stays_in_the_namespace_where_it_was_entered(lab: Lab) -> None:
     namespace = new_namespace()
     with nft_in(namespace) as nft, inside(lab.wan):
