@@ -27,17 +27,19 @@ _REFUSED = {errno.ECONNREFUSED, errno.ECONNRESET}
 _A, _AAAA = 1, 28
 
 
-def attempt(address: str, port: int, timeout: float, source_port: int = 0) -> Reply:
-    """One TCP connection. Reply: verdict (reached, refused, timed out, error), seconds, address, message, and the mark
-    that the socket has then."""
+def attempt(address: str, port: int, timeout: float, mark: int = 0) -> Reply:
+    """One TCP connection of a socket that sets its own mark first.
+
+    Reply: verdict (reached, refused, timed out, error), seconds, address, message, and the socket's mark then.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     started = time.monotonic()
     verdict, message = "reached", ""
     with socket.socket(family, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
         try:
-            if source_port:
-                connection.bind(("", source_port))
+            if mark:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
             connection.connect((address, port))
         except TimeoutError:
             verdict, message = "timed out", "no answer to the SYN"

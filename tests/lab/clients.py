@@ -82,7 +82,7 @@ class Clients:
         return self._try(["curl", "--silent", "--show-error", "--fail", "--max-time", "10", url])
 
     def in_container(self, network: str, name: str, port: int) -> Outcome:
-        """A TCP connection by busybox in a docker container on the network "bridge" or "host"."""
+        """A TCP connection by busybox in a docker container on the network "bridge", "host" or one of `network`."""
         return self.run_in_container(network, ["nc", "-w", "10", name, str(port)])
 
     def run_in_container(self, network: str, argv: Sequence[str]) -> Outcome:
@@ -101,6 +101,15 @@ class Clients:
             yield address
         finally:
             self._docker_do("rm", "--force", container)
+
+    @contextmanager
+    def network(self, name: str) -> Iterator[None]:
+        """A docker network with a bridge of its own, on which docker itself answers DNS."""
+        self._docker_do("network", "create", name)
+        try:
+            yield
+        finally:
+            self._docker_do("network", "rm", name)
 
     def _docker_do(self, *arguments: str) -> str:
         done = self._lab.run("host", [*self._docker, *arguments])

@@ -136,7 +136,7 @@ def _say(text: str) -> None:
 def _row(client: str, destination: str, without: str, expected: str, happened: str, seconds: str, message: str) -> str:
     # The end of a client's sentence is where it says why.
     shortened = message if len(message) <= 60 else "..." + message[-57:]
-    return f"    {client:<27}{destination:<28}{without:<9}{expected:<10}{happened:<11}{seconds:>7}  {shortened}"
+    return f"    {client:<29}{destination:<28}{without:<9}{expected:<10}{happened:<11}{seconds:>7}  {shortened}"
 
 
 if __name__ == "__main__":

@@ -90,15 +90,19 @@ def missing_tools() -> list[str]:
 class Agent:
     """A process inside a namespace that does single operations on request: see agent.py."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], errors: Path) -> None:
         self._process = process
+        self._errors = errors
         self._receive(_DEADLINE)
 
     def _receive(self, timeout: float) -> Any:
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], timeout)[0]:
             raise TimeoutError(f"agent: no reply within {timeout:.0f} s")
-        return json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the agent has ended:\n{self._errors.read_text()}")
+        return json.loads(line)
 
     def call(self, operation: str, *, reply_within: float = _DEADLINE, **arguments: Any) -> Any:
         """One operation of agent.py; OSError if it failed with one there."""
@@ -114,9 +118,9 @@ class Agent:
         """Resolve and connect once."""
         return outcome_of(self.call("connect", name=name, port=port, family=family, timeout=timeout))
 
-    def attempt(self, address: str, port: int = 443, timeout: float = 5) -> Outcome:
+    def attempt(self, address: str, port: int = 443, timeout: float = 5, mark: int = 0) -> Outcome:
         """Connect once, without a DNS question."""
-        return outcome_of(self.call("attempt", address=address, port=port, timeout=timeout))
+        return outcome_of(self.call("attempt", address=address, port=port, timeout=timeout, mark=mark))
 
     def talk(self, key: str) -> Outcome:
         """Speak over a connection that `hold` opened."""
@@ -127,8 +131,9 @@ class Agent:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+            with contextlib.suppress(BrokenPipeError):
+                if pipe is not None:
+                    pipe.close()
 
 
 def outcome_of(reply: dict[str, Any]) -> Outcome:
@@ -209,29 +214,30 @@ class Lab:
             settings += "for f in all default; do echo 0 > /proc/sys/net/ipv6/conf/$f/accept_dad; done;"
             settings += "for f in all default; do echo 0 > /proc/sys/net/ipv4/conf/$f/rp_filter; done"
             command("nsenter", f"--net={self._netns(namespace)}", "sh", "-c", settings)
-            self._ip(namespace, "link set lo up")
+            self.ip(namespace, "link set lo up")
         for host, (near, far, near6, far6) in _UPLINK.items():
-            self._ip("net", f"link add to-{host} type veth peer name up0 netns {self.namespace(host)}")
-            self._ip("net", f"addr add {near}/30 dev to-{host}", f"addr add {near6}/64 dev to-{host} nodad",
+            self.ip("net", f"link add to-{host} type veth peer name up0 netns {self.namespace(host)}")
+            self.ip("net", f"addr add {near}/30 dev to-{host}", f"addr add {near6}/64 dev to-{host} nodad",
                      f"link set to-{host} up")  # fmt: skip
-            self._ip(host, f"addr add {far}/30 dev up0", f"addr add {far6}/64 dev up0 nodad", "link set up0 up",
+            self.ip(host, f"addr add {far}/30 dev up0", f"addr add {far6}/64 dev up0 nodad", "link set up0 up",
                      f"route add default via {near}", f"route add default via {near6}")  # fmt: skip
-        self._ip("net", f"addr add {RESOLVER}/32 dev lo", f"addr add {RESOLVER6}/128 dev lo nodad",
+        self.ip("net", f"addr add {RESOLVER}/32 dev lo", f"addr add {RESOLVER6}/128 dev lo nodad",
                  f"addr add {AUTHORITY}/32 dev lo",
                  "route add local 198.18.0.0/15 dev lo", "route add local 2001:2::/48 dev lo",
                  f"route add 10.77.0.0/24 via {HOST_ADDRESS}", "route add fd00:77::/64 via 2001:db8::2",
                  f"route add {DOCKER_NET6} via 2001:db8::2")  # fmt: skip
-        self._ip("host", "link add br-ct type bridge", "addr add 10.77.0.1/24 dev br-ct",
+        self.ip("host", "link add br-ct type bridge", "addr add 10.77.0.1/24 dev br-ct",
                  "addr add fd00:77::1/64 dev br-ct nodad", "link set br-ct up",
                  f"link add ct-port type veth peer name eth0 netns {self.namespace('ct')}",
                  "link set ct-port master br-ct", "link set ct-port up")  # fmt: skip
-        self._ip("ct", f"addr add {CT_ADDRESS}/24 dev eth0", "addr add fd00:77::2/64 dev eth0 nodad",
+        self.ip("ct", f"addr add {CT_ADDRESS}/24 dev eth0", "addr add fd00:77::2/64 dev eth0 nodad",
                  "link set eth0 up", "route add default via 10.77.0.1", "route add default via fd00:77::1")  # fmt: skip
 
     def _netns(self, short: str) -> str:
         return f"/run/netns/{self.namespace(short)}"
 
-    def _ip(self, short: str, *lines: str) -> None:
+    def ip(self, short: str, *lines: str) -> None:
+        """Lines of ip(8) in a namespace."""
         command("ip", "-n", self.namespace(short), "-batch", "-", text="\n".join(lines) + "\n")
 
     def _hold_mounts(self) -> int:
@@ -302,13 +308,14 @@ class Lab:
 
     def agent(self, where: str, *, comm: str = "", **environment: str) -> Agent:
         """A new agent in a namespace; `comm` is the program that the kernel takes it for."""
-        with (self.directory / "logs" / f"agent-{where}").open("ab") as errors:
+        log = self.directory / "logs" / f"agent-{where}-{len(self._agents)}"
+        with log.open("wb") as errors:
             process = subprocess.Popen(
                 self.wrap(where, [sys.executable, "-I", str(Path(__file__).with_name("agent.py")), comm]),
                 env=self.environment | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                 start_new_session=True,
             )  # fmt: skip
-        agent = Agent(process)
+        agent = Agent(process, log)
         self._agents.append(agent)
         return agent
 

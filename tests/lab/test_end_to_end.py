@@ -17,7 +17,7 @@ from tests.lab import bench
 from tests.lab.bench import NAMES, FreshNames
 from tests.lab.clients import Clients
 from tests.lab.enforcer import Enforcer, policy, registry
-from tests.lab.internet import ADDRESSES_OF_BIG, EVIL_ADDRESS, EVIL_ADDRESS6, fresh_address
+from tests.lab.internet import ADDRESSES_OF_BIG, ALLOWED_ADDRESS, EVIL_ADDRESS, EVIL_ADDRESS6, fresh_address
 from tests.lab.lab import AUTHORITY, CT_ADDRESS, HOST_ADDRESS, RESOLVER, Agent, Lab, Outcome, poll
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.timeout(180)]
@@ -167,6 +167,41 @@ def test_inbound_connections_to_a_published_port_are_untouched(enforcer: Enforce
         assert_reached(lab.ct.attempt(address, 443))  # from another container of this host
         assert_reached(lab.engine.attempt(address, 443))  # from this host
     assert_refused(lab.ct.attempt(EVIL_ADDRESS, 443))
+
+
+def test_mark_that_a_client_sets_itself_is_no_permission(enforcer: Enforcer, lab: Lab) -> None:
+    for mark in (0x80000000, 0xA0000000, 0xE0000000, 0x20000000):  # vouched, and with each scope; host, which is off
+        for agent in (lab.engine, lab.ct):
+            assert_refused(agent.attempt(EVIL_ADDRESS, mark=mark))
+            assert_reached(agent.attempt(ALLOWED_ADDRESS, mark=mark))
+
+
+def test_network_that_appears_later_is_judged_and_learns_like_the_others(
+    enforcer: Enforcer, clients: Clients, fresh: FreshNames
+) -> None:
+    with clients.network("later"):
+        assert_reached(clients.in_container("later", fresh.take(1)[0], 443))
+        assert_refused(clients.in_container("later", "evil.test", 443))
+
+
+def test_uplink_that_appears_later_is_guarded_at_once_and_learns_when_the_resolver_is_behind_it(
+    enforcer: Enforcer, lab: Lab, fresh: FreshNames
+) -> None:
+    enforcer.ensure(policy(host="strict"))
+    tunnel = "link add vpn0 type vxlan id 7 dstport 4789"
+    lab.ip("net", f"{tunnel} remote {HOST_ADDRESS} dev to-host", "addr add 192.0.2.9/30 dev vpn0", "link set vpn0 up")
+    try:
+        lab.ip("host", f"{tunnel} remote 192.0.2.1 dev up0", "addr add 192.0.2.10/30 dev vpn0", "link set vpn0 up",
+               f"route add {EVIL_ADDRESS}/32 via 192.0.2.9", f"route add {RESOLVER}/32 via 192.0.2.9")  # fmt: skip
+        assert_refused(lab.host.attempt(EVIL_ADDRESS))
+        assert_refused(lab.ct.attempt(EVIL_ADDRESS))
+        poll("the learner to follow", lambda: "vpn0" in {entry["name"] for entry in enforcer.status()["interfaces"]})
+        assert connected_at_once(lab.host, fresh.take(20))
+    finally:
+        lab.ip("host", "link del vpn0")
+        lab.ip("net", "link del vpn0")
+    assert connected_at_once(lab.host, fresh.take(20))
+    assert_refused(lab.host.attempt(EVIL_ADDRESS))
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
@@ -321,11 +356,13 @@ def test_reload_adds_and_revokes_a_registry(enforcer: Enforcer, lab: Lab, client
 
 def test_revoking_a_registry_ends_its_connections(enforcer: Enforcer, lab: Lab) -> None:
     enforcer.ensure(policy(more=registry("later", "later.allowed.test", ports=(5000,))))
-    lab.ct.call("hold", key="revoked", name="later.allowed.test", port=5000)
-    lab.ct.call("hold", key="kept", name="plain.allowed.test", port=5000)
+    for agent in (lab.ct, lab.engine):
+        agent.call("hold", key="revoked", name="later.allowed.test", port=5000)
+        agent.call("hold", key="kept", name="plain.allowed.test", port=5000)
     assert enforcer.reload(policy()) == "ok"
-    assert_refused(lab.ct.talk("revoked"))
-    assert_reached(lab.ct.talk("kept"))
+    for agent in (lab.ct, lab.engine):
+        assert_refused(agent.talk("revoked"))
+        assert_reached(agent.talk("kept"))
 
 
 @pytest.mark.parametrize("mistake", ["", "no toml [", "nonsense = 1\n", policy().replace("*.blobs", "bl*bs")])
