@@ -29,7 +29,10 @@
 #include <uapi/linux/pkt_cls.h>
 #include <uapi/linux/if_ether.h>
 
-#define BPF_LICENSE Dual BSD / GPL
+/* The kernel compares the text: with blanks in it, helpers for GPL programs are refused. */
+/* clang-format off */
+#define BPF_LICENSE Dual BSD/GPL
+/* clang-format on */
 #define PROGRAM(section)
 
 #define ARRAY_MAP(name, value, entries)	       BPF_TABLE("array", __u32, value, name, entries)
