@@ -187,6 +187,9 @@ def test_network_that_appears_later_is_judged_and_learns_like_the_others(
 def test_uplink_that_appears_later_is_guarded_at_once_and_learns_when_the_resolver_is_behind_it(
     enforcer: Enforcer, lab: Lab, fresh: FreshNames
 ) -> None:
+    def program_on(name: str) -> str:
+        return next((str(entry["program"]) for entry in enforcer.status()["interfaces"] if entry["name"] == name), "")
+
     enforcer.ensure(policy(host="strict"))
     tunnel = "link add vpn0 type vxlan id 7 dstport 4789"
     lab.ip("net", f"{tunnel} remote {HOST_ADDRESS} dev to-host", "addr add 192.0.2.9/30 dev vpn0", "link set vpn0 up")
@@ -195,7 +198,7 @@ def test_uplink_that_appears_later_is_guarded_at_once_and_learns_when_the_resolv
                f"route add {EVIL_ADDRESS}/32 via 192.0.2.9", f"route add {RESOLVER}/32 via 192.0.2.9")  # fmt: skip
         assert_refused(lab.host.attempt(EVIL_ADDRESS))
         assert_refused(lab.ct.attempt(EVIL_ADDRESS))
-        poll("the learner to follow", lambda: "vpn0" in {entry["name"] for entry in enforcer.status()["interfaces"]})
+        poll("the learner to follow", lambda: program_on("vpn0") == "learn")
         assert connected_at_once(lab.host, fresh.take(20))
     finally:
         lab.ip("host", "link del vpn0")
