@@ -207,7 +207,8 @@ table inet {TABLE} {{
 		ip6 daddr . th dport @learned6 accept
 		# BPF vouches for the first packets, before the sets hold the address. Never for UDP: on an unconnected socket
 		# the mark is that of the packet before.
-		meta l4proto tcp meta mark & {MARK_VOUCHED:#010x} == {MARK_VOUCHED:#010x} accept
+		# For a SYN only: the socket keeps its mark, and must not outlive a permission that was taken back.
+		tcp flags & (fin | syn | rst | ack) == syn meta mark & {MARK_VOUCHED:#010x} == {MARK_VOUCHED:#010x} accept
 {_lines(line for rule in policy.rules for line in _rule_addresses(rule))}
 	}}
 
