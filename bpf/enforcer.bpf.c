@@ -156,7 +156,7 @@ int sock_create(struct bpf_sock *socket)
 {
 	struct settings *settings = find_settings();
 
-	if (settings && settings->configured && bpf_get_netns_cookie(socket) == settings->netns_cookie)
+	if (settings && settings->configured && bpf_get_netns_cookie(socket) == enforced_netns(settings))
 		socket->mark = (socket->mark & ~settings->mark_mask) | scope_of_current(settings, 0);
 	return 1;
 }

@@ -79,12 +79,18 @@ INLINE void mark_socket(struct bpf_sock_addr *context, struct settings *settings
 	bpf_setsockopt(context, SOL_SOCKET_LEVEL, SO_MARK_OPTION, &mark, sizeof(mark));
 }
 
+/* User space cannot ask for a cookie before 5.14; the helper, since 5.7, knows the initial namespace by itself. */
+INLINE __u64 enforced_netns(struct settings *settings)
+{
+	return settings->netns_cookie ? settings->netns_cookie : bpf_get_netns_cookie(0);
+}
+
 /* The hooks' settings, or NULL for a socket that is none of ours: those of other network namespaces pass the gate. */
 INLINE struct settings *settings_for(struct bpf_sock_addr *context)
 {
 	struct settings *settings = find_settings();
 
-	if (!settings || !settings->configured || bpf_get_netns_cookie(context) != settings->netns_cookie)
+	if (!settings || !settings->configured || bpf_get_netns_cookie(context) != enforced_netns(settings))
 		return 0;
 	return settings;
 }

@@ -115,7 +115,7 @@ struct settings {
 	__u64 lifetime_ceiling; /* nanoseconds */
 	__u64 refresh_margin; /* nanoseconds */
 	__u64 query_window; /* nanoseconds */
-	__u64 netns_cookie; /* of the namespace that is enforced; sockets of others are left alone */
+	__u64 netns_cookie; /* of the namespace that is enforced (0: the initial one); sockets of others are left alone */
 	__u64 pidns_device; /* st_dev of /proc/1/ns/pid as the kernel counts it; 0: not known */
 	__u64 pidns_inode; /* st_ino of the same */
 	__u32 mark_mask; /* our bits; others survive */

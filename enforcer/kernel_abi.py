@@ -200,7 +200,7 @@ SETTINGS = Structure(
         Field("__u64", "lifetime_ceiling", 0, "nanoseconds"),
         Field("__u64", "refresh_margin", 0, "nanoseconds"),
         Field("__u64", "query_window", 0, "nanoseconds"),
-        Field("__u64", "netns_cookie", 0, "of the namespace that is enforced; sockets of others are left alone"),
+        Field("__u64", "netns_cookie", 0, "of the namespace that is enforced (0: the initial one); sockets of others are left alone"),
         Field("__u64", "pidns_device", 0, "st_dev of /proc/1/ns/pid as the kernel counts it; 0: not known"),
         Field("__u64", "pidns_inode", 0, "st_ino of the same"),
         Field("__u32", "mark_mask", 0, "our bits; others survive"),

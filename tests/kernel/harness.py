@@ -41,15 +41,22 @@ class Harness:
             rule = kernel_abi.pack_name_rule(number, entry.ports, private_addresses=entry.private_addresses)
             maps["names"].update(key, rule)
 
-    def configure(self, *, configured: bool = True, netns_cookie: int = 0, query_seconds: int = QUERY_SECONDS) -> None:
-        """Writes the settings."""
+    def configure(
+        self,
+        *,
+        configured: bool = True,
+        netns_cookie: int = 0,
+        pidns: tuple[int, int] = (0, 0),
+        query_seconds: int = QUERY_SECONDS,
+    ) -> None:
+        """Writes the settings; `pidns` is (device, inode) of the host's."""
         lifetimes = (FLOOR_SECONDS, CEILING_SECONDS, MARGIN_SECONDS, query_seconds)
         self.state.maps["settings"].update(
             bytes(4),
             kernel_abi.SETTINGS.codec.pack(
                 0x0123456789ABCDEF,
                 *(seconds * SECOND_NS for seconds in lifetimes),
-                *(netns_cookie, 0, 0),
+                *(netns_cookie, *pidns),
                 *(kernel_abi.MARK_MASK, kernel_abi.MARK_VOUCHED),
                 *(kernel_abi.MarkedScope.HOST, kernel_abi.MarkedScope.ENGINE, kernel_abi.MarkedScope.CONTAINER),
                 int(configured),
@@ -59,8 +66,8 @@ class Harness:
     def reset(self) -> None:
         """Nothing asked, nothing learned, no event waiting."""
         self.configure()
-        self.state.maps["queries"].clear()
-        self.state.maps["learned"].clear()
+        for name in "queries", "learned", "cgroups", "programs":
+            self.state.maps[name].clear()
         while self.events_reader.read():
             pass
 

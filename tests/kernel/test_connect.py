@@ -1,0 +1,263 @@
+"""What the cgroup hooks write into the marks of real sockets, of a process in a cgroup and a namespace of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from enforcer import bpf, procfs
+from enforcer.bpf import CgroupHook
+from enforcer.kernel_abi import COMM_BYTES, MARK_MASK, MARK_VOUCHED, MarkedScope
+from tests.kernel.harness import FOREIGN_MARK, Harness
+
+pytestmark = pytest.mark.root
+
+# Reads one JSON object a line, answers each with the mark of the socket it used. Nothing leaves: its namespace has no
+# interface that is up, and the hooks run before routing fails.
+CHILD = """
+import ctypes, json, os, socket, sys
+
+CLONE_NEWNET, CLONE_NEWPID, SO_MARK, SO_NETNS_COOKIE = 0x40000000, 0x20000000, 36, 71
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def unshare(flag):
+    if libc.unshare(flag):
+        raise OSError(ctypes.get_errno(), "unshare")
+
+
+def mark_of(family, kind, operation, mark, address, port):
+    families = {4: socket.AF_INET, 6: socket.AF_INET6}
+    with socket.socket(families[family], socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        if mark is not None:
+            sock.setsockopt(socket.SOL_SOCKET, SO_MARK, mark.to_bytes(4, sys.byteorder))
+        try:
+            if operation == "connect":
+                sock.connect((address, port))
+            elif operation == "sendto":
+                sock.sendto(b"x", (address, port))
+        except OSError:
+            pass
+        return sock.getsockopt(socket.SOL_SOCKET, SO_MARK) & 0xFFFFFFFF
+
+
+def in_child(flag, request):
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        unshare(flag)
+        grandchild = os.fork()  # a pid namespace holds children only
+        if not grandchild:
+            os.write(writing, str(mark_of(**request)).encode())
+            os._exit(0)
+        os.waitpid(grandchild, 0)
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    return int(os.read(reading, 64))
+
+
+unshare(CLONE_NEWNET)
+with socket.socket() as sock:
+    cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), sys.byteorder)
+print(cookie, flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    with open("/proc/self/comm", "w") as comm:
+        comm.write(request.pop("comm"))
+    place = request.pop("place")
+    if place == "here":
+        print(mark_of(**request), flush=True)
+    else:
+        print(in_child({"netns": CLONE_NEWNET, "pidns": CLONE_NEWPID}[place], request), flush=True)
+"""
+
+LEARNED = {4: ip_address("192.0.2.1"), 6: ip_address("2001:db8::1")}
+
+
+@dataclass(slots=True)
+class Process:
+    """A process that makes sockets on demand, in a cgroup below `cgroup`."""
+
+    child: subprocess.Popen[str]
+    cgroup: Path
+    netns_cookie: int
+
+    def mark(
+        self,
+        operation: str = "connect",
+        address: str = "192.0.2.1",
+        *,
+        port: int = 443,
+        kind: str = "tcp",
+        mark: int | None = None,
+        comm: str = "client",
+        place: str = "here",
+    ) -> int:
+        """SO_MARK of a fresh socket behind `operation`: connect, sendto or none; `mark` is set before it."""
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        request = {
+            "family": ip_address(address).version,
+            "kind": kind,
+            "operation": operation,
+            "address": address,
+            "port": port,
+            "mark": mark,
+            "comm": comm,
+            "place": place,
+        }
+        self.child.stdin.write(json.dumps(request) + "\n")
+        self.child.stdin.flush()
+        return int(self.child.stdout.readline())
+
+    def enter(self, name: str) -> Path:
+        """Moves it into the cgroup `name` below its own."""
+        path = self.cgroup / name
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "cgroup.procs").write_text(str(self.child.pid))
+        return path
+
+
+@pytest.fixture
+def process(harness: Harness) -> Iterator[Process]:
+    root = procfs.cgroup_root()
+    assert root is not None
+    cgroup = root / f"re-connect-{os.getpid()}"
+    cgroup.mkdir()
+    bpffs = harness.state.report.generation.parent
+    hooks = [hook.name.lower() for hook in CgroupHook]
+    command = [sys.executable, "-c", CHILD]
+    try:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+            try:
+                (cgroup / "cgroup.procs").write_text(str(child.pid))
+                assert child.stdout is not None
+                netns_cookie = int(child.stdout.readline())
+                for name in hooks:
+                    bpf.attach_cgroup(harness.state.programs[name], cgroup, bpffs)
+                harness.configure(netns_cookie=netns_cookie)
+                yield Process(child, cgroup, netns_cookie)
+            finally:
+                child.kill()
+    finally:
+        for name in hooks:
+            bpf.detach_cgroup(name, cgroup, bpffs)
+        for directory, _, _ in os.walk(cgroup, topdown=False):
+            Path(directory).rmdir()
+
+
+def scope_of(harness: Harness, path: Path, scope: MarkedScope) -> None:
+    key = struct.pack("=Q", procfs.cgroup_id(path))
+    harness.state.maps["cgroups"].update(key, struct.pack("=I", scope))
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"])
+def test_connect_to_a_learned_address_is_vouched_for(harness: Harness, process: Process, address: str) -> None:
+    for known in LEARNED.values():
+        harness.vouch(known, 443, 60)
+    assert process.mark(address=address) == MARK_VOUCHED | MarkedScope.HOST
+    assert process.mark(address=address, port=5000) == MarkedScope.HOST
+
+
+@pytest.mark.parametrize("address", ["192.0.2.2", "2001:db8::2", "::ffff:192.0.2.2"])
+def test_connect_elsewhere_is_not_vouched_for_whatever_the_socket_claims(
+    harness: Harness, process: Process, address: str
+) -> None:
+    for known in LEARNED.values():
+        harness.vouch(known, 443, 60)
+    assert process.mark(address=address, mark=MARK_MASK | FOREIGN_MARK) == MarkedScope.HOST | FOREIGN_MARK
+
+
+def test_expired_address_is_not_vouched_for(harness: Harness, process: Process) -> None:
+    harness.vouch(LEARNED[4], 443, -0.001)
+    assert process.mark() == MarkedScope.HOST
+
+
+def test_marks_of_others_survive(harness: Harness, process: Process) -> None:
+    harness.vouch(LEARNED[4], 443, 60)
+    assert process.mark(mark=FOREIGN_MARK) == MARK_VOUCHED | MarkedScope.HOST | FOREIGN_MARK
+
+
+@pytest.mark.parametrize("operation", ["connect", "sendto"])
+@pytest.mark.parametrize("version", [4, 6])
+def test_udp_gets_its_scope_and_is_never_vouched_for(
+    harness: Harness, process: Process, version: int, operation: str
+) -> None:
+    harness.vouch(LEARNED[version], 443, 60)
+    forged = MARK_VOUCHED | MarkedScope.CONTAINER | FOREIGN_MARK
+    mark = process.mark(operation, str(LEARNED[version]), kind="udp", mark=forged)
+    assert mark == MarkedScope.HOST | FOREIGN_MARK
+
+
+def test_new_socket_has_its_scope_already(harness: Harness, process: Process) -> None:
+    scope_of(harness, process.enter("engine"), MarkedScope.ENGINE)
+    assert process.mark("none", kind="udp") == MarkedScope.ENGINE
+    harness.configure(configured=False)
+    assert process.mark("none", kind="udp") == 0
+
+
+def test_scope_is_that_of_the_cgroup_or_of_one_above(harness: Harness, process: Process) -> None:
+    scope_of(harness, process.enter("engine"), MarkedScope.ENGINE)
+    assert process.mark() == MarkedScope.ENGINE
+    process.enter("engine/a/b/c")
+    assert process.mark() == MarkedScope.ENGINE
+    process.enter("other")
+    assert process.mark() == MarkedScope.HOST
+
+
+def test_deepest_known_cgroup_decides(harness: Harness, process: Process) -> None:
+    scope_of(harness, process.enter("engine"), MarkedScope.ENGINE)
+    scope_of(harness, process.enter("engine/containers/one"), MarkedScope.CONTAINER)
+    process.enter("engine/containers/one/init")
+    assert process.mark() == MarkedScope.CONTAINER
+    process.enter("engine/containers")
+    assert process.mark() == MarkedScope.ENGINE
+
+
+def test_program_name_decides_where_no_cgroup_does(harness: Harness, process: Process) -> None:
+    key = b"skopeo".ljust(COMM_BYTES, b"\0")
+    harness.state.maps["programs"].update(key, struct.pack("=I", MarkedScope.ENGINE))
+    assert process.mark(comm="skopeo") == MarkedScope.ENGINE
+    assert process.mark(comm="skopeo2") == MarkedScope.HOST
+    scope_of(harness, process.enter("one"), MarkedScope.CONTAINER)
+    assert process.mark(comm="skopeo") == MarkedScope.CONTAINER
+
+
+def test_process_outside_the_hosts_pid_namespace_is_a_container(harness: Harness, process: Process) -> None:
+    if harness.state.report.programs["connect4"] != "connect4_pidns":
+        pytest.skip("bpf_get_ns_current_pid_tgid is not allowed in cgroup hooks here (6.10)")
+    identity = procfs.pidns_identity()
+    harness.configure(netns_cookie=process.netns_cookie, pidns=identity)
+    assert process.mark(place="pidns") == MarkedScope.CONTAINER
+    assert process.mark(address="2001:db8::1", place="pidns") == MarkedScope.CONTAINER
+    assert process.mark("sendto", kind="udp", place="pidns") == MarkedScope.CONTAINER
+    assert process.mark() == MarkedScope.HOST
+    harness.configure(netns_cookie=process.netns_cookie)  # not known: cgroups and names decide
+    assert process.mark(place="pidns") == MarkedScope.HOST
+
+
+@pytest.mark.parametrize("operation", ["connect", "sendto"])
+def test_sockets_of_other_network_namespaces_are_left_alone(harness: Harness, process: Process, operation: str) -> None:
+    harness.vouch(LEARNED[4], 443, 60)
+    kind = "tcp" if operation == "connect" else "udp"
+    forged = MARK_MASK | FOREIGN_MARK
+    assert process.mark(operation, kind=kind, mark=forged, place="netns") == forged
+    assert process.mark(operation, kind=kind, place="netns") == 0
+
+
+def test_nothing_is_changed_before_the_settings_are_written(harness: Harness, process: Process) -> None:
+    harness.vouch(LEARNED[4], 443, 60)
+    harness.configure(configured=False)
+    assert process.mark(mark=MARK_MASK) == MARK_MASK
+    assert process.mark() == 0
