@@ -92,6 +92,12 @@ apt() {
     done
 }
 
+# Only when there is something to do: who may not write here may use what root has set up.
+open_log() {
+    mkdir -p build
+    : >>"$log"
+}
+
 # Sharing a machine with other software comes before setting up.
 refuse_removals() {
     local removed
@@ -103,6 +109,7 @@ refuse_removals() {
 install_packages() {
     local attempt
     ((EUID == 0)) || fail "missing packages: $*" "run make setup as root, or have them installed first"
+    open_log
     exec 9>/run/registry-enforcer-setup.lock
     flock -n 9 || {
         say "another set-up is installing packages: waiting for it"
@@ -162,6 +169,7 @@ make_venv() {
         return
     fi
     [[ $mode == run ]] || project=".[dev]"
+    open_log
     say "making .venv and installing the Python packages of $project into it"
     # Not any other Python's: only the system's sees python3-nftables and python3-bpfcc. --clear would take away what a
     # running daemon executes; only an environment of another Python or that was moved is made from nothing.
@@ -195,8 +203,6 @@ case $mode in
 esac
 check_os
 [[ ! -x /usr/bin/python3 ]] || check_python
-mkdir -p build
-: >>"$log"
 mapfile -t missing < <(missing_packages "${requirements[@]}")
 if ((${#missing[@]})); then
     install_packages "${missing[@]}"
