@@ -315,7 +315,6 @@ def test_no_file_names_a_package_index_or_a_path_of_one_machine() -> None:
     assert found == []
 
 
-@pytest.mark.slow
 def test_wheel_carries_what_the_daemon_loads(tmp_path: Path) -> None:
     for path in tracked():
         copy = tmp_path / path.relative_to(ROOT)

@@ -46,10 +46,8 @@ def test_python_is_formatted() -> None:
     run(sys.executable, "-m", "ruff", "format", "--no-cache", "--check", "--diff", ".")
 
 
-@pytest.mark.slow
 def test_types_are_strict_and_consistent() -> None:
-    cache = ".mypy_cache" if os.access(ROOT, os.W_OK) else os.devnull  # without one it takes half a minute
-    run(sys.executable, "-m", "mypy", f"--cache-dir={cache}")
+    run(sys.executable, "-m", "mypy", f"--cache-dir={os.devnull}")  # the checkout may not be writable
 
 
 def test_shell_scripts_pass_shellcheck() -> None:
