@@ -263,7 +263,12 @@ class BpfMap:
         self.replace_all({})
 
     def replace_all(self, wanted: Mapping[bytes, bytes]) -> None:
-        """Makes `wanted` the content. Deletes first: cut off half-way, what is left was in the old one too."""
+        """Makes `wanted` the content. Deletes first: cut off half-way, nothing stays that is not in `wanted`.
+
+        Raises BpfError, and changes nothing, if it does not fit.
+        """
+        if len(wanted) > self.max_entries:
+            raise BpfError(f"BPF map {self.name} holds {self.max_entries} elements, not {len(wanted)}")
         stale = [key for key, _ in self.items() if key not in wanted]
         for key in stale:
             self.delete(key)

@@ -431,6 +431,15 @@ def test_full_map_is_said_with_its_size(kernel: KernelState) -> None:
         ranges.update_many([(keys[4], bytes(4))])
 
 
+def test_what_does_not_fit_replaces_nothing(kernel: KernelState) -> None:
+    keys = [kernel_abi.pack_range_key(IPv4Address(number), 32) for number in range(6)]
+    ranges = kernel.maps["ranges"]
+    ranges.update(keys[5], bytes(4))
+    with pytest.raises(bpf.BpfError, match="ranges holds 4 elements, not 5"):
+        ranges.replace_all(dict.fromkeys(keys[:5], bytes(4)))
+    assert [key for key, _ in ranges.items()] == [keys[5]]
+
+
 @pytest.mark.usefixtures("old_or_new_kernel")
 def test_key_or_value_of_a_wrong_size_is_refused(kernel: KernelState) -> None:
     learned = kernel.maps["learned"]
