@@ -32,6 +32,8 @@ INLINE int remember_query(struct query_key *key, struct query *value) { return q
 INLINE int forget_query(struct query_key *key) { return queries.delete(key); }
 INLINE struct learned_value *find_learned(struct learned_key *key) { return learned.lookup(key); }
 INLINE int learn_address(struct learned_key *key, struct learned_value *value) { return learned.update(key, value); }
+INLINE struct connect_value *find_connect(struct connect_key *key) { return connects.lookup(key); }
+INLINE int remember_connect(struct connect_key *key, struct connect_value *value) { return connects.update(key, value); }
 #ifdef LEGACY_EVENTS
 INLINE int send_event(void *context, void *event, __u32 size) { return events.perf_submit(context, event, size); }
 #else
@@ -51,6 +53,8 @@ INLINE int remember_query(struct query_key *key, struct query *value) { return b
 INLINE int forget_query(struct query_key *key) { return bpf_map_delete_elem(&queries, key); }
 INLINE struct learned_value *find_learned(struct learned_key *key) { return bpf_map_lookup_elem(&learned, key); }
 INLINE int learn_address(struct learned_key *key, struct learned_value *value) { return bpf_map_update_elem(&learned, key, value, BPF_ANY); }
+INLINE struct connect_value *find_connect(struct connect_key *key) { return bpf_map_lookup_elem(&connects, key); }
+INLINE int remember_connect(struct connect_key *key, struct connect_value *value) { return bpf_map_update_elem(&connects, key, value, BPF_ANY); }
 #ifdef LEGACY_EVENTS
 INLINE int send_event(void *context, void *event, __u32 size) { return bpf_perf_event_output(context, &events, BPF_F_CURRENT_CPU, event, size); }
 #else

@@ -6,6 +6,7 @@
 #define MAX_CGROUP_LEVELS 12 /* depth in the hierarchy; a pod of a cluster in a container is at 8 */
 #define SOL_SOCKET_LEVEL  1  /* SOL_SOCKET and SO_MARK of the kernel's asm-generic/socket.h */
 #define SO_MARK_OPTION	  36
+#define FIRST_PIDNS_INODE 0xEFFFFFFC /* PROC_PID_INIT_INO */
 
 /* Our bits of a packet are ours to set: macvlan and sockets of the host's own network are not scrubbed by any device.
  */
@@ -120,6 +121,44 @@ INLINE void ipv6_destination(struct learned_key *key, struct bpf_sock_addr *cont
 	set_key_port(key, context);
 }
 
+/* Process id where the daemon looks for it, which may be another pid namespace than the kernel's first; 0: not known.
+ */
+INLINE __u32 current_process(struct settings *settings, int look_at_pidns)
+{
+	struct bpf_pidns_info ids;
+
+	if (look_at_pidns && settings->pidns_inode &&
+	    !bpf_get_ns_current_pid_tgid(settings->pidns_device, settings->pidns_inode, &ids, sizeof(ids)))
+		return ids.tgid;
+	return settings->pidns_inode == FIRST_PIDNS_INODE ? bpf_get_current_pid_tgid() >> 32 : 0;
+}
+
+/* Keeps who asked for this connection: when it is refused the process may have ended. A map and no event: nothing
+ * happens in user space until nftables reports a refusal, however many connections there are. */
+INLINE void note_connect(struct learned_key *to, __u32 protocol, __u32 scope, struct settings *settings,
+			 int look_at_pidns)
+{
+	struct connect_key key;
+	struct connect_value value, *before;
+
+	copy_ipv6(key.address, to->address);
+	key.port = to->port;
+	key.protocol = protocol;
+	key.scope = scope;
+	key.uid = bpf_get_current_uid_gid();
+	value.at = now_ns();
+	value.other_at = 0;
+	value.cgroup_id = bpf_get_current_cgroup_id();
+	value.process = current_process(settings, look_at_pidns);
+	value.padding = 0;
+	if (bpf_get_current_comm(value.comm, sizeof(value.comm)))
+		return;
+	before = find_connect(&key);
+	if (before)
+		value.other_at = before->process == value.process ? before->other_at : before->at;
+	remember_connect(&key, &value);
+}
+
 INLINE int mark_connect(struct bpf_sock_addr *context, int ipv6, int look_at_pidns)
 {
 	struct settings *settings = settings_for(context);
@@ -129,14 +168,14 @@ INLINE int mark_connect(struct bpf_sock_addr *context, int ipv6, int look_at_pid
 	if (!settings)
 		return 1;
 	bits = scope_of_current(settings, look_at_pidns);
-	if (context->protocol == IPPROTO_TCP) {
-		if (ipv6)
-			ipv6_destination(&key, context);
-		else
-			ipv4_destination(&key, context);
-		if (is_learned(&key))
-			bits |= settings->mark_vouched;
-	}
+	if (ipv6)
+		ipv6_destination(&key, context);
+	else
+		ipv4_destination(&key, context);
+	if (context->protocol == IPPROTO_TCP && is_learned(&key))
+		bits |= settings->mark_vouched;
+	else
+		note_connect(&key, context->protocol, bits, settings, look_at_pidns);
 	mark_socket(context, settings, bits);
 	return 1;
 }

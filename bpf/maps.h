@@ -80,6 +80,7 @@ LRU_MAP(queries, struct query_key, struct query, MAX_QUERIES);
 LRU_MAP(learned, struct learned_key, struct learned_value, MAX_LEARNED);
 HASH_MAP(programs, struct program_name, __u32, MAX_PROGRAM_NAMES);
 HASH_MAP(cgroups, __u64, __u32, MAX_CGROUPS);
+LRU_MAP(connects, struct connect_key, struct connect_value, MAX_CONNECTS);
 PERCPU_ARRAY_MAP(counters, __u64, OUTCOMES);
 PERCPU_ARRAY_MAP(scratches, struct scratch, 1);
 EVENT_MAP(events, EVENT_BYTES);

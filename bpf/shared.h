@@ -13,6 +13,7 @@
 #define MAX_LEARNED 65536
 #define MAX_PROGRAM_NAMES 256
 #define MAX_CGROUPS 16384
+#define MAX_CONNECTS 8192
 #define EVENT_BYTES 1048576
 #define COMM_BYTES 16
 
@@ -161,5 +162,37 @@ _Static_assert(__builtin_offsetof(struct dns_event, outcome) == 18, "dns_event.o
 _Static_assert(__builtin_offsetof(struct dns_event, protocol) == 19, "dns_event.protocol");
 _Static_assert(__builtin_offsetof(struct dns_event, inserted) == 20, "dns_event.inserted");
 _Static_assert(__builtin_offsetof(struct dns_event, resolver) == 24, "dns_event.resolver");
+
+/* Key of `connects`: what a connect() without a voucher and the report of its refusal have in common. */
+struct connect_key {
+	__u8 address[16]; /* network order, IPv4 mapped */
+	__u16 port; /* host order */
+	__u16 protocol; /* IPPROTO_TCP or IPPROTO_UDP */
+	__u32 scope; /* scope bits of the mark */
+	__u32 uid; /* as the host's user namespace counts */
+};
+_Static_assert(sizeof(struct connect_key) == 28, "size of connect_key");
+_Static_assert(__builtin_offsetof(struct connect_key, address) == 0, "connect_key.address");
+_Static_assert(__builtin_offsetof(struct connect_key, port) == 16, "connect_key.port");
+_Static_assert(__builtin_offsetof(struct connect_key, protocol) == 18, "connect_key.protocol");
+_Static_assert(__builtin_offsetof(struct connect_key, scope) == 20, "connect_key.scope");
+_Static_assert(__builtin_offsetof(struct connect_key, uid) == 24, "connect_key.uid");
+
+/* Value of `connects`: who called it last. */
+struct connect_value {
+	__u64 at; /* nanoseconds, clock of this build */
+	__u64 other_at; /* when another process did the same, the last time; 0: never */
+	__u64 cgroup_id; /* of cgroup v2 */
+	__u32 process; /* in the pid namespace of the settings; 0: not known */
+	__u32 padding; /* zero */
+	char comm[16]; /* of the thread, ends in NUL */
+};
+_Static_assert(sizeof(struct connect_value) == 48, "size of connect_value");
+_Static_assert(__builtin_offsetof(struct connect_value, at) == 0, "connect_value.at");
+_Static_assert(__builtin_offsetof(struct connect_value, other_at) == 8, "connect_value.other_at");
+_Static_assert(__builtin_offsetof(struct connect_value, cgroup_id) == 16, "connect_value.cgroup_id");
+_Static_assert(__builtin_offsetof(struct connect_value, process) == 24, "connect_value.process");
+_Static_assert(__builtin_offsetof(struct connect_value, padding) == 28, "connect_value.padding");
+_Static_assert(__builtin_offsetof(struct connect_value, comm) == 32, "connect_value.comm");
 
 #endif

@@ -44,6 +44,7 @@ MAX_QUERIES = 16_384
 MAX_LEARNED = 65_536  # marks for the first packets; the nft set is the long memory and holds more
 MAX_PROGRAM_NAMES = 256
 MAX_CGROUPS = 16_384
+MAX_CONNECTS = 8_192  # each is needed for the milliseconds until its refusal is reported
 EVENT_BYTES = 1 << 20  # the ring
 COMM_BYTES = 16  # kernel: TASK_COMM_LEN
 LIFETIME_FLOOR_SECONDS = 300  # a learned address lives max(TTL, this): clients cache answers longer than they should
@@ -200,7 +201,12 @@ SETTINGS = Structure(
         Field("__u64", "lifetime_ceiling", 0, "nanoseconds"),
         Field("__u64", "refresh_margin", 0, "nanoseconds"),
         Field("__u64", "query_window", 0, "nanoseconds"),
-        Field("__u64", "netns_cookie", 0, "of the namespace that is enforced (0: the initial one); sockets of others are left alone"),
+        Field(
+            "__u64",
+            "netns_cookie",
+            0,
+            "of the namespace that is enforced (0: the initial one); sockets of others are left alone",
+        ),
         Field("__u64", "pidns_device", 0, "st_dev of /proc/1/ns/pid as the kernel counts it; 0: not known"),
         Field("__u64", "pidns_inode", 0, "st_ino of the same"),
         Field("__u32", "mark_mask", 0, "our bits; others survive"),
@@ -225,7 +231,33 @@ EVENT = Structure(
         Field("__u8", "resolver", 16, "network order, IPv4 mapped"),
     ),
 )
-STRUCTURES = (NAME_KEY, NAME_RULE, RANGE_KEY, QUERY_KEY, QUERY, LEARNED_KEY, LEARNED, SETTINGS, EVENT)
+CONNECT_KEY = Structure(
+    "connect_key",
+    "Key of `connects`: what a connect() without a voucher and the report of its refusal have in common.",
+    (
+        Field("__u8", "address", 16, "network order, IPv4 mapped"),
+        Field("__u16", "port", 0, "host order"),
+        Field("__u16", "protocol", 0, "IPPROTO_TCP or IPPROTO_UDP"),
+        Field("__u32", "scope", 0, "scope bits of the mark"),
+        Field("__u32", "uid", 0, "as the host's user namespace counts"),
+    ),
+)
+CONNECT = Structure(
+    "connect_value",
+    "Value of `connects`: who called it last.",
+    (
+        Field("__u64", "at", 0, "nanoseconds, clock of this build"),
+        Field("__u64", "other_at", 0, "when another process did the same, the last time; 0: never"),
+        Field("__u64", "cgroup_id", 0, "of cgroup v2"),
+        Field("__u32", "process", 0, "in the pid namespace of the settings; 0: not known"),
+        Field("__u32", "padding", 0, "zero"),
+        Field("char", "comm", COMM_BYTES, "of the thread, ends in NUL"),
+    ),
+)
+STRUCTURES = (
+    *(NAME_KEY, NAME_RULE, RANGE_KEY, QUERY_KEY, QUERY, LEARNED_KEY, LEARNED, SETTINGS),
+    *(EVENT, CONNECT_KEY, CONNECT),
+)
 
 _LIMITS = (
     "MAX_WIRE_BYTES",
@@ -238,6 +270,7 @@ _LIMITS = (
     "MAX_LEARNED",
     "MAX_PROGRAM_NAMES",
     "MAX_CGROUPS",
+    "MAX_CONNECTS",
     "EVENT_BYTES",
     "COMM_BYTES",
 )
@@ -256,6 +289,17 @@ class DnsEvent:
     inserted: int
     resolver: IPv4Address | IPv6Address
     wire: bytes  # at most MAX_WIRE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """The last connect() to one destination, as a hook saw it."""
+
+    at_ns: int
+    other_at_ns: int  # when a process other than `process` did the same; 0: never
+    cgroup_id: int
+    process: int  # 0: not known
+    comm: bytes  # whatever the process calls itself
 
 
 def pack_address(address: IPv4Address | IPv6Address) -> bytes:
@@ -303,6 +347,19 @@ def unpack_learned_key(key: bytes) -> tuple[IPv4Address | IPv6Address, int]:
     """(address, port) of a key of `learned`."""
     packed, port, _ = LEARNED_KEY.codec.unpack(key)
     return unpack_address(packed), port
+
+
+def pack_connect_key(
+    address: IPv4Address | IPv6Address, port: int, protocol: Protocol, scope: MarkedScope, uid: int
+) -> bytes:
+    """Key of `connects`."""
+    return CONNECT_KEY.codec.pack(pack_address(address), port, protocol, scope, uid)
+
+
+def decode_connect(value: bytes) -> Connect:
+    """One value of `connects`."""
+    at_ns, other_at_ns, cgroup_id, process, _, comm = CONNECT.codec.unpack(value)
+    return Connect(at_ns, other_at_ns, cgroup_id, process, comm.partition(b"\0")[0])
 
 
 def decode_event(record: bytes) -> DnsEvent:
