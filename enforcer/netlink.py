@@ -14,15 +14,17 @@ from __future__ import annotations
 import asyncio
 import enum
 import errno
+import itertools
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Address, IPv6Interface, ip_address, ip_interface, ip_network
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from pyroute2.netlink import (
     NLM_F_ACK,
@@ -66,6 +68,9 @@ _RECEIVE_BYTES = 65_536
 _COALESCE_SECONDS = 0.005
 _MESSAGES_A_TURN = 256
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
+
+
+_Reading = TypeVar("_Reading")
 
 
 class NetlinkError(OSError):
@@ -118,22 +123,18 @@ class Netlink:
     # --- readings ----------------------------------------------------------------------------------------------------
     def interfaces(self) -> tuple[Interface, ...]:
         """Every interface, by index, with its addresses."""
-        links = self._dump(rtnl.RTM_GETLINK, _message(ifinfmsg(), [("IFLA_EXT_MASK", _SKIP_STATISTICS)]))
-        addresses: dict[int, list[IPv4Interface | IPv6Interface]] = {}
-        for entry in self._dump(rtnl.RTM_GETADDR, ifaddrmsg()):
-            if entry["family"] in (socket.AF_INET, socket.AF_INET6):
-                remote = entry.get("address")
-                local = ip_address(entry.get("local") or remote)
-                # The prefix of a point-to-point address is the peer's, and comes as a route of its own.
-                bits = entry["prefixlen"] if local == ip_address(remote) else local.max_prefixlen
-                addresses.setdefault(entry["index"], []).append(ip_interface((local, bits)))
-        interfaces = (_interface(link, addresses.get(link["index"], ())) for link in links)
+        addresses: dict[int, list[IPv4Interface | IPv6Interface]] = defaultdict(list)
+        for index, address in self._dump(rtnl.RTM_GETADDR, ifaddrmsg(), _address):
+            if address is not None:
+                addresses[index].append(address)
+        request = _message(ifinfmsg(), [("IFLA_EXT_MASK", _SKIP_STATISTICS)])
+        interfaces = self._dump(rtnl.RTM_GETLINK, request, lambda link: _interface(link, addresses[link["index"]]))
         return tuple(sorted(interfaces, key=lambda interface: interface.index))
 
     def routes(self) -> tuple[Route, ...]:
         """Every next hop of every unicast route, of all tables."""
         request = _message(rtmsg(), family=socket.AF_UNSPEC, type=_UNICAST)
-        return tuple(hop for route in self._dump(rtnl.RTM_GETROUTE, request) for hop in _next_hops(route))
+        return tuple(itertools.chain.from_iterable(self._dump(rtnl.RTM_GETROUTE, request, _next_hops)))
 
     def route_to(self, address: Address) -> int | None:
         """Index of the interface through which this host would reach `address`; None if it would not."""
@@ -229,16 +230,7 @@ class Netlink:
 
     def _filters(self, index: int, direction: Direction) -> list[_Filter]:
         """Everybody's; empty without the interface or the qdisc."""
-        return [
-            _Filter(
-                handle=entry["handle"],
-                protocol=entry["info"] & 0xFFFF,
-                priority=entry["info"] >> 16,
-                kind=entry.get("kind"),
-                name=entry.get(("options", "tca_bpf_name")) if entry.get("kind") == "bpf" else None,
-            )
-            for entry in self._dump(rtnl.RTM_GETTFILTER, _message(tcmsg(), index=index, parent=direction.value))
-        ]
+        return self._dump(rtnl.RTM_GETTFILTER, _message(tcmsg(), index=index, parent=direction.value), _filter)
 
     def _remove(self, kind: int, message: Any) -> None:
         """Whoever was there first, what counts is that it is gone."""
@@ -254,22 +246,28 @@ class Netlink:
         return Changes(own_port=self._socket.epid)
 
     # --- messages ----------------------------------------------------------------------------------------------------
-    def _dump(self, kind: int, message: Any) -> list[Any]:
-        """A consistent reading, or the last of several: whatever interrupted it is an event of its own."""
+    def _dump(self, kind: int, message: Any, read: Callable[[Any], _Reading]) -> list[_Reading]:
+        """A consistent listing, or the last of several: whatever interrupted it is an event of its own."""
         for _ in range(_DUMP_ATTEMPTS):
-            replies, interrupted = self._exchange(kind, NLM_F_DUMP, message)
+            readings, interrupted = self._exchange(kind, NLM_F_DUMP, message, read)
             if not interrupted:
                 break
-        return replies
+        return readings
 
     def _request(self, kind: int, flags: int, message: Any) -> list[Any]:
-        return self._exchange(kind, flags | NLM_F_ACK, message)[0]
+        return self._exchange(kind, flags | NLM_F_ACK, message, lambda reply: reply)[0]
 
-    def _exchange(self, kind: int, flags: int, message: Any) -> tuple[list[Any], bool]:
-        """(replies, whether a change interrupted them)."""
+    def _exchange(
+        self, kind: int, flags: int, message: Any, read: Callable[[Any], _Reading]
+    ) -> tuple[list[_Reading], bool]:
+        """(what `read` makes of each reply, whether a change interrupted them).
+
+        pyroute2's messages refer to themselves. Read one by one they are young garbage; kept until the last has come,
+        200 interfaces cost a full collection each time, which takes longer than all the rest.
+        """
         self._sequence += 1
         self._socket.put(message, kind, flags | NLM_F_REQUEST, msg_seq=self._sequence)
-        replies: list[Any] = []
+        readings: list[_Reading] = []
         interrupted = False
         while True:
             # Not IPRSocket.get(), which would cut what is longer than 16 KB.
@@ -283,8 +281,8 @@ class Netlink:
                 if header["type"] == NLMSG_DONE and reply.get("code"):
                     raise NetlinkError(-reply["code"], os.strerror(-reply["code"]))
                 if header["type"] in (NLMSG_ERROR, NLMSG_DONE):
-                    return replies, interrupted
-                replies.append(reply)
+                    return readings, interrupted
+                readings.append(read(reply))
 
 
 class Change(enum.Flag):
@@ -396,6 +394,16 @@ def _filter_message(
     return _message(tcmsg(), attributes, index=index, handle=handle, parent=direction.value, info=info)
 
 
+def _address(entry: Any) -> tuple[int, IPv4Interface | IPv6Interface | None]:
+    """(index of the interface, None if it is not of the Internet protocols)."""
+    if entry["family"] not in (socket.AF_INET, socket.AF_INET6):
+        return entry["index"], None
+    remote = entry.get("address")
+    local = entry.get("local") or remote
+    # The prefix of a point-to-point address is the peer's, and comes as a route of its own.
+    return entry["index"], ip_interface((local, entry["prefixlen"])) if local == remote else ip_interface(local)
+
+
 def _interface(link: Any, addresses: Iterable[IPv4Interface | IPv6Interface]) -> Interface:
     lower = link.get("link")
     return Interface(
@@ -411,16 +419,30 @@ def _interface(link: Any, addresses: Iterable[IPv4Interface | IPv6Interface]) ->
     )
 
 
-def _next_hops(route: Any) -> Iterator[Route]:
+def _next_hops(route: Any) -> list[Route]:
     if route["family"] not in (socket.AF_INET, socket.AF_INET6):
-        return
+        return []
     everywhere = "0.0.0.0" if route["family"] == socket.AF_INET else "::"
     destination = ip_network((route.get("dst") or everywhere, route["dst_len"]))
-    for hop in (route, *route.get("multipath", ())):
-        if hop.get("oif") is not None:
-            # RTA_VIA: IPv4 through an IPv6 neighbour, RFC 5549
-            gateway = hop.get("gateway") or hop.get(("via", "addr"))
-            yield Route(destination, ip_address(gateway) if gateway else None, hop.get("oif"))
+    hops = [hop for hop in (route, *route.get("multipath", ())) if hop.get("oif") is not None]
+    return [Route(destination, _gateway(hop), hop.get("oif")) for hop in hops]
+
+
+def _gateway(hop: Any) -> Address | None:
+    # RTA_VIA: IPv4 through an IPv6 neighbour, RFC 5549
+    gateway = hop.get("gateway") or hop.get(("via", "addr"))
+    return ip_address(gateway) if gateway else None
+
+
+def _filter(entry: Any) -> _Filter:
+    kind = entry.get("kind")
+    return _Filter(
+        handle=entry["handle"],
+        protocol=entry["info"] & 0xFFFF,
+        priority=entry["info"] >> 16,
+        kind=kind,
+        name=entry.get(("options", "tca_bpf_name")) if kind == "bpf" else None,
+    )
 
 
 def _free_priority(filters: Iterable[_Filter]) -> int:

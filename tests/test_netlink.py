@@ -447,11 +447,11 @@ def test_listing_that_fails_is_no_shorter_listing(netlink: Netlink) -> None:
     unknown_table = rtmsg()
     unknown_table.update(family=socket.AF_INET, attrs=[("RTA_TABLE", 77)])
     with pytest.raises(NetlinkError, match="table does not exist") as refused:
-        netlink._dump(RTM_GETROUTE, unknown_table)
+        netlink._dump(RTM_GETROUTE, unknown_table, dict)
     assert refused.value.errno == errno.ENOENT
     netlink._socket.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 0)
     with pytest.raises(NetlinkError, match="No such file") as refused:
-        netlink._dump(RTM_GETROUTE, unknown_table)
+        netlink._dump(RTM_GETROUTE, unknown_table, dict)
     assert refused.value.errno == errno.ENOENT
 
 
@@ -580,8 +580,8 @@ def test_more_events_than_fit_are_told_as_lost_with_everything(netlink: Netlink)
 def test_new_bridge_is_covered_within_fifty_milliseconds(netlink: Netlink, harmless: int) -> None:
     """Measured from before the system call that makes it, with twenty there already.
 
-    It takes 9 ms on an idle machine, most of them in pyroute2's decoder; what learns and refuses in the kernel does not
-    wait for it, and an interface that is not covered yet vouches for nothing.
+    Median 15 to 20 ms on a busy machine, nearly all of it in pyroute2's decoder. Until then the interface vouches for
+    nothing: what comes from it is refused unless the sets already permit it.
     """
     for number in range(20):
         ip(f"link add old{number} type bridge")
