@@ -162,7 +162,7 @@ INLINE void note_connect(struct learned_key *to, __u32 protocol, __u32 scope, st
 INLINE int mark_connect(struct bpf_sock_addr *context, int ipv6, int look_at_pidns)
 {
 	struct settings *settings = settings_for(context);
-	struct learned_key key;
+	struct learned_key key __attribute__((aligned(8))); /* map_ipv4() writes words */
 	__u32 bits;
 
 	if (!settings)

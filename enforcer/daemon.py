@@ -195,9 +195,12 @@ class Enforcement:
         self._adopt_learned()
         self._adopt_saved()
         if self._cgroup is not None:
-            for program in self._kernel.programs.values():
-                if program.name.upper() in bpf.CgroupHook.__members__:
+            for hook in bpf.CgroupHook:
+                name = hook.name.lower()
+                if (program := self._kernel.programs.get(name)) is not None:
                     bpf.attach_cgroup(program, self._cgroup, self.options.bpffs)
+                elif bpf.detach_cgroup(name, self._cgroup, self.options.bpffs):
+                    log.warning("an earlier build's %s is detached: this one has none", name)
         first_pass = asyncio.create_task(self.ask_for_names())
         done, _ = await asyncio.wait([first_pass], timeout=FIRST_RESOLVE_SECONDS)
         if not done:
