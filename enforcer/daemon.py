@@ -65,6 +65,7 @@ HOUSEKEEPING_SECONDS = 1.0
 SAVE_SECONDS = 60.0
 RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFRESH_MARGIN_SECONDS
 RESOLVE_CONCURRENCY = 16
+RESOLVE_PAUSE_SECONDS = 0.1  # of each of them between two names: spares the resolvers when a policy has thousands
 FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
 SCRAPE_DEADLINE_SECONDS = 5.0
 NANOSECONDS = 1_000_000_000
@@ -407,12 +408,15 @@ class Enforcement:
 
     # --- own questions -----------------------------------------------------------------------------------------------
     async def ask_for_names(self) -> None:
-        """Ask for every exact name of the policy, a few at a time."""
-        names = iter(sorted({host.name for rule in self.policy.rules for host in rule.hosts if not host.wildcard}))
+        """Ask for every exact name of the policy, a few at a time and no faster than the lifetimes demand."""
+        names = sorted({host.name for rule in self.policy.rules for host in rule.hosts if not host.wildcard})
+        pause_seconds = min(RESOLVE_PAUSE_SECONDS, RESOLVE_PERIOD_SECONDS * RESOLVE_CONCURRENCY / (2 * len(names) + 1))
+        remaining = iter(names)
 
         async def ask_in_turn() -> None:
-            for name in names:
+            for name in remaining:
                 await self._ask(name)
+                await asyncio.sleep(pause_seconds)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(RESOLVE_CONCURRENCY):
@@ -431,7 +435,7 @@ class Enforcement:
         """Ask for the addresses of `name` and hold what the answers permit. BPF sees the same packets and is first."""
         for rdtype in dns_answer.ADDRESS_TYPES:
             try:
-                wire, asked = await resolver.ask(dns_answer.build_query(name, rdtype), self.resolvers)
+                wire, asked = await resolver.ask(dns_answer.build_query(name, rdtype), self._teachers())
                 answer = dns_answer.parse_answer(wire, asked)
             except resolver.NoAnswerError as error:
                 self.metrics.own_queries.labels("no_answer").inc()
@@ -442,7 +446,7 @@ class Enforcement:
             except dns_answer.DnsAnswerError:
                 self.metrics.own_queries.labels("unusable").inc()
                 continue
-            if asked not in self.resolvers or answer.question != name:
+            if asked not in self._teachers() or answer.question != name:  # the resolvers may have changed meanwhile
                 self.metrics.own_queries.labels("unusable").inc()
                 continue
             self.metrics.own_queries.labels("answered").inc()
@@ -456,6 +460,12 @@ class Enforcement:
                 for entry in changes.permit
             )
             self._apply(changes)
+
+    def _teachers(self) -> tuple[Address, ...]:
+        """The trusted resolvers but those behind an internal interface, where a container could answer for them."""
+        assert self.plan is not None
+        mute = dict(self.plan.unlearnable)
+        return tuple(address for address in self.resolvers if address not in mute)
 
     def _ask_for_question(self, event: DnsEvent) -> None:
         """BPF could not read this answer whole: ask for its name, once at a time."""
