@@ -42,6 +42,9 @@ set -euo pipefail
 cd /checkout
 services() { ls /proc | grep -cE '^[0-9]+$'; }
 before=$(services)
+make setup-run # what make run asks for
+.venv/bin/registry-enforcer check
+.venv/bin/python -c 'import bcc, nftables'
 make setup
 start=$(date +%s%N)
 make setup
@@ -49,9 +52,8 @@ took=$((($(date +%s%N) - start) / 1000000))
 echo "fresh: the second make setup took $took ms"
 ((took < 2000))
 [[ ! -e /usr/sbin/policy-rc.d ]]
-.venv/bin/python -c 'import bcc, nftables'
 ls build/enforcer.bpf.o build/enforcer-legacy.bpf.o
-.venv/bin/registry-enforcer check
+.venv/bin/python -m pytest --collect-only --quiet | tail -n 1
 (($(services) <= before)) || { echo "fresh: a service was started"; exit 1; }
 PROVE
 
