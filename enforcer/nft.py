@@ -19,7 +19,7 @@ from ipaddress import ip_address
 from types import TracebackType
 from typing import Any, Self
 
-from enforcer.ruleset import BASE_CHAINS, LEARNED_SETS, TABLE, Capabilities, Element, Feature
+from enforcer.ruleset import BASE_CHAINS, LEARNED_SETS, REVOKED_SETS, TABLE, Capabilities, Element, Feature
 
 # include/uapi/linux/netlink.h
 _NETLINK_NETFILTER = 12
@@ -143,8 +143,20 @@ class Nft:
 
     def learned(self) -> list[Element]:
         """What the learned sets permit, with the seconds that are left; NftError without the table."""
+        return self._elements(LEARNED_SETS)
+
+    def revoked(self) -> list[Element]:
+        """What the revoked sets hold, in the same way; nothing where an older table has no such sets."""
+        try:
+            return self._elements(REVOKED_SETS)
+        except NftError:
+            if self.present():
+                return []
+            raise
+
+    def _elements(self, set_names: tuple[str, str]) -> list[Element]:
         elements = []
-        for set_name, address_bytes in zip(LEARNED_SETS, (4, 16), strict=True):
+        for set_name, address_bytes in zip(set_names, (4, 16), strict=True):
             request = _attribute(_NFTA_TABLE, TABLE.encode() + b"\0")
             request += _attribute(_NFTA_SET_ELEM_LIST_SET, set_name.encode() + b"\0")
             for part in self._dump(_NFT_MSG_GETSETELEM, request):

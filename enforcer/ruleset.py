@@ -12,6 +12,7 @@ a whole while learned elements and counters stay, and no packet meets a half-bui
 from __future__ import annotations
 
 import enum
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,8 +24,11 @@ from enforcer.policy import Address, Level, Mode, Network, Policy, Rule
 TABLE = "registry_enforcer"  # family inet
 BASE_CHAINS = ("forward", "output", "postrouting")
 LEARNED_SETS = ("learned4", "learned6")
+REVOKED_SETS = ("revoked4", "revoked6")
+REVOKED_SECONDS = 432_000  # nf_conntrack_tcp_timeout_established: what is silent for longer is new to the kernel
 SET_SIZE = 262_144  # elements; the kernel refuses a transaction that would exceed it
 LOG_PREFIX = "registry-enforcer: "
+AUDIT_GROUP = 0x5245  # nfnetlink_log: where refusals are reported to the daemon, "RE"
 _COMMENT_BYTES = 100  # nft takes 128 with the terminating NUL; the rule's kind goes before the name
 
 # What nft's quoted strings carry literally: they know no escapes, and a trailing * would be a wildcard.
@@ -40,7 +44,13 @@ class Feature(enum.Enum):
     CT = "chain probe { ct state established ct direction reply ct status dnat accept; }"
     LIMIT = "chain probe { limit rate 5/second burst 10 packets accept; }"
     LOG = 'chain probe { log prefix "probe " level info; }'
+    AUDIT = f'chain probe {{ log prefix "probe" group {AUDIT_GROUP}; }}'
     REJECT = "chain probe { meta l4proto tcp reject with tcp reset; reject with icmpx admin-prohibited; }"
+
+    @property
+    def optional(self) -> bool:
+        """Whether the table refuses as well without it."""
+        return self is Feature.AUDIT
 
     @property
     def kernel_option(self) -> str:
@@ -50,6 +60,7 @@ class Feature(enum.Enum):
             Feature.CT: "CONFIG_NFT_CT",
             Feature.LIMIT: "CONFIG_NFT_LIMIT",
             Feature.LOG: "CONFIG_NFT_LOG",
+            Feature.AUDIT: "CONFIG_NETFILTER_NETLINK_LOG",
             Feature.REJECT: "CONFIG_NFT_REJECT_INET",
         }.get(self, "CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET")
 
@@ -62,8 +73,8 @@ class Capabilities:
 
     @property
     def missing(self) -> tuple[Feature, ...]:
-        """What the ruleset needs and the kernel lacks."""
-        return tuple(feature for feature in Feature if feature not in self.features)
+        """What the ruleset needs and the kernel lacks; it can do without what is optional."""
+        return tuple(feature for feature in Feature if feature not in self.features and not feature.optional)
 
 
 class CountedScope(enum.Enum):
@@ -110,6 +121,7 @@ def render_ruleset(policy: Policy, capabilities: Capabilities, internal: Iterabl
         for counted in CountedScope
         for protocol in Protocol
     ]
+    judge = functools.partial(_judge, policy.mode, audited=Feature.AUDIT in capabilities.features)
     other_ports = [f"th dport != {_ports(policy.ports)} accept"]
     engine_other_ports = ["tcp dport 53 accept", f"udp dport != {_ports(policy.ports)} accept"]
     return f"""\
@@ -125,6 +137,11 @@ table inet {TABLE} {{
 	# Addresses and ports that trusted DNS answers taught, each with its own lifetime.
 	set learned4 {{ type ipv4_addr . inet_service; flags timeout; size {SET_SIZE}; }}
 	set learned6 {{ type ipv6_addr . inet_service; flags timeout; size {SET_SIZE}; }}
+
+	# Addresses and ports whose permission was taken back: every packet to them is judged, not a connection's first
+	# alone. Deleting conntrack entries instead would let the far end's next packet begin a connection of its own.
+	set revoked4 {{ type ipv4_addr . inet_service; flags timeout; size {SET_SIZE}; }}
+	set revoked6 {{ type ipv6_addr . inet_service; flags timeout; size {SET_SIZE}; }}
 
 	# Interfaces that lead only into this host. Any other one, known or not, is an uplink.
 	set internal {{ type ifname; }}
@@ -167,9 +184,10 @@ table inet {TABLE} {{
 		meta l4proto != tcp meta l4proto != udp accept
 		# Answers to inbound connections.
 		ct direction reply accept
-		# Was permitted when it began; revoking deletes the conntrack entry. Not for UDP, which has no end: as long as
-		# packets come, it would outlive every permission.
-		meta l4proto tcp ct state established accept
+		# Was permitted when it began, and nobody took that back. Not for UDP, which has no end: as long as packets
+		# come, it would outlive every permission.
+		ct state established ip daddr . tcp dport != @revoked4 accept
+		ct state established ip6 daddr . tcp dport != @revoked6 accept
 		oifname @internal accept
 	}}
 
@@ -183,21 +201,21 @@ table inet {TABLE} {{
 	}}
 
 	chain judge_container {{
-{_lines(_judge(policy.mode, scope.containers, CountedScope.CONTAINER, other_ports))}
+{_lines(judge(scope.containers, CountedScope.CONTAINER, other_ports))}
 	}}
 
 	# An engine talks to registries only, on whatever port: every TCP port but DNS counts.
 	chain judge_engine {{
-{_lines(_judge(policy.mode, scope.engines, CountedScope.ENGINE, engine_other_ports))}
+{_lines(judge(scope.engines, CountedScope.ENGINE, engine_other_ports))}
 	}}
 
 	chain judge_host {{
-{_lines(_judge(policy.mode, scope.host, CountedScope.HOST, other_ports))}
+{_lines(judge(scope.host, CountedScope.HOST, other_ports))}
 	}}
 
 	# No hook has seen it, so it may be of any scope: the strictest one counts.
 	chain judge_unknown {{
-{_lines(_judge(policy.mode, some_scope, CountedScope.UNKNOWN, other_ports))}
+{_lines(judge(some_scope, CountedScope.UNKNOWN, other_ports))}
 	}}
 
 	# Accepts what has permission. Only registry ports are judged for containers and host, so a permission for another
@@ -259,6 +277,20 @@ def render_elements(permit: Iterable[Element], withdraw: Iterable[tuple[Address,
     return text
 
 
+def render_revoked(revoke: Iterable[tuple[Address, int]], pardon: Iterable[tuple[Address, int]] = ()) -> str:
+    """Has every packet to `revoke` judged from now on, and to `pardon`, which wins, first packets only."""
+    text = ""
+    pardoned = dict.fromkeys(pardon)
+    revoked = dict.fromkeys(revoke)
+    for version, set_name in zip((4, 6), REVOKED_SETS, strict=True):
+        with_timeout = [
+            f"{_key(key)} timeout {REVOKED_SECONDS}s" for key in {**revoked, **pardoned} if key[0].version == version
+        ]
+        text += _change("add", set_name, with_timeout)
+        text += _change("delete", set_name, (_key(key) for key in pardoned if key[0].version == version))
+    return text
+
+
 def render_removal() -> str:
     """Deletes the table, present or not; only the operator's `remove` applies it."""
     return f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
@@ -270,7 +302,9 @@ def _observed_in_output(mode: Mode) -> Iterator[str]:
         yield "ct status & dnat != dnat accept"
 
 
-def _judge(mode: Mode, level: Level, scope: CountedScope, out_of_scope: Iterable[str]) -> Iterator[str]:
+def _judge(
+    mode: Mode, level: Level, scope: CountedScope, out_of_scope: Iterable[str], *, audited: bool
+) -> Iterator[str]:
     if level is Level.OFF:
         yield "accept # off in the policy"
         return
@@ -279,7 +313,10 @@ def _judge(mode: Mode, level: Level, scope: CountedScope, out_of_scope: Iterable
     for protocol in Protocol:
         yield f"meta l4proto {protocol.name.lower()} counter name {counter_name(mode, scope, protocol)}"
     verb = "refused" if mode is Mode.ENFORCE else "observed"
-    yield f'limit rate 5/second burst 10 packets log prefix "{LOG_PREFIX}{verb} {scope.value} " level info'
+    if audited:
+        yield f'log prefix "{verb} {scope.value}" group {AUDIT_GROUP}'
+    else:
+        yield f'limit rate 5/second burst 10 packets log prefix "{LOG_PREFIX}{verb} {scope.value} " level info'
     if mode is Mode.OBSERVE:
         yield "accept # mode observe"
 

@@ -80,11 +80,21 @@ def test_every_golden_has_its_policy() -> None:
     assert {path.stem for path in GOLDEN.glob("*.nft")} == set(POLICIES)
 
 
-@pytest.mark.parametrize("feature", Feature)
+@pytest.mark.parametrize("feature", [feature for feature in Feature if not feature.optional])
 def test_kernel_without_a_needed_feature_gets_no_ruleset(feature: Feature) -> None:
     lacking = Capabilities(FULL.features - {feature})
     with pytest.raises(ValueError, match=f"lacks {feature.name.lower()} \\(CONFIG_"):
         render_ruleset(DEFAULT, lacking, [])
+
+
+def test_kernel_without_a_reporting_log_writes_a_few_lines_into_its_own_log_instead() -> None:
+    text = render_ruleset(DEFAULT, Capabilities(FULL.features - {Feature.AUDIT}), [])
+    reported, logged = (re.compile(pattern) for pattern in (r"\tlog prefix .* group", r"\tlimit rate .* log prefix"))
+    assert logged.search(text)
+    assert not reported.search(text)
+    full = render_ruleset(DEFAULT, FULL, [])
+    assert reported.search(full)
+    assert not logged.search(full)
 
 
 @given(name=st.text(min_size=1))
@@ -117,7 +127,7 @@ def test_observe_mode_ends_every_judge_with_accept_and_enforce_mode_does_not() -
 
     enforced = POLICIES["strict-host"]
     assert last_rules(replace(enforced, mode=Mode.OBSERVE)) == {"accept"}
-    assert last_rules(enforced) == {"limit"}
+    assert last_rules(enforced) == {"log"}
 
 
 def test_lo_is_always_internal_and_names_nft_cannot_quote_are_not() -> None:
