@@ -26,6 +26,9 @@ file, the line, what is wrong and what to write instead.
     hosts = ["packages.corp.example"]       # ports: by default the registry ports
     [resolvers]
     trusted = ["auto"]                      # "auto": whatever this host uses; or addresses
+    [refusal]
+    message = "{organization} does not allow {name}; ask {contact} and give reference {reference}"
+    ca = { certificate = "/etc/registry-enforcer/ca.crt", key = "/etc/registry-enforcer/ca.key" }  # says it over TLS
 
 Everything is optional, and what is not allowed is refused: a policy without rules refuses every registry.
 """
@@ -40,10 +43,11 @@ import hashlib
 import importlib.resources
 import itertools
 import re
+import string
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
@@ -132,6 +136,23 @@ class Resolvers:
 
 
 @dataclass(frozen=True, slots=True)
+class AuthorityFiles:
+    """Where the CA is that hosts trust and refusals over TLS are signed by; nobody has read the files yet."""
+
+    certificate: str  # absolute path of a PEM file, as is the key's
+    key: str
+    line: int  # of the policy, for whoever finds that the files are wrong; 1-based
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalText:
+    """What refused clients are told."""
+
+    message: str | None = None  # a str.format template over REFUSAL_PLACEHOLDERS; None: the program's own words
+    ca: AuthorityFiles | None = None  # None: TLS clients get an alert, which has no words
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """The whole policy, as it is enforced."""
 
@@ -144,6 +165,7 @@ class Policy:
     resolvers: Resolvers
     source: str  # the file's path, or "the built-in default"
     digest: str  # SHA-256 of the text, hex
+    refusal: RefusalText = RefusalText()
 
 
 class Reason(enum.Enum):
@@ -190,12 +212,14 @@ class PolicyError(Exception):
 # --- parsing ---------------------------------------------------------------------------------------------------------
 MAX_POLICY_BYTES = 32 << 20  # MAX_NAMES of the longest names
 MAX_TEXT_CHARACTERS = 200  # of organization and contact: they go into every refusal
+MAX_MESSAGE_CHARACTERS = 500
+REFUSAL_PLACEHOLDERS = ("name", "address", "port", "organization", "contact", "reference")
 REGISTRY_PORTS: tuple[int, ...] = (443, 5000)
 RULE_PORTS: tuple[int, ...] = (443,)
 
 _DEFAULT = 'presets = ["docker-hub"]\n'
 _TOP_KEYS = ("organization", "contact", "mode", "ports", "presets", "preset", "scope", "registry", "destination",
-             "resolvers")  # fmt: skip
+             "resolvers", "refusal")  # fmt: skip
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 # Underscores are no host name's (RFC 952), but occur in DNS names that engines do ask for.
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
@@ -223,7 +247,11 @@ def parse(text: str | bytes, source: str, *, wsl: bool = False) -> Policy:
             raise PolicyError(source, line, "this is not UTF-8 text", "save the file as UTF-8") from None
     document = _toml(text, source)
     try:
-        return _policy(document, source, hashlib.sha256(wire).hexdigest(), wsl)
+        policy = _policy(document, source, hashlib.sha256(wire).hexdigest(), wsl)
+        if policy.refusal.ca is None:
+            return policy
+        ca = replace(policy.refusal.ca, line=line_of(text, ("refusal", "ca")))
+        return replace(policy, refusal=replace(policy.refusal, ca=ca))
     except _UnplacedError as error:
         raise PolicyError(source, line_of(text, error.path), error.problem, error.advice) from None
 
@@ -333,6 +361,7 @@ def _policy(document: Table, source: str, digest: str, wsl: bool) -> Policy:
         resolvers=_read(table, "resolvers", _resolvers, _resolvers({})),
         source=source,
         digest=digest,
+        refusal=_read(table, "refusal", _refusal, RefusalText()),
     )
 
 
@@ -392,13 +421,13 @@ def _string(value: object) -> str:
     return value
 
 
-def _sentence(value: object) -> str:
+def _sentence(value: object, max_characters: int = MAX_TEXT_CHARACTERS) -> str:
     text = _string(value)
     # Printable: it goes into terminals, HTTP headers and log lines of others.
-    if not text.strip() or not text.isprintable() or len(text) > MAX_TEXT_CHARACTERS:
+    if not text.strip() or not text.isprintable() or len(text) > max_characters:
         raise _UnplacedError(
             f"{_shown(text)} cannot be shown to users",
-            f"write 1 to {MAX_TEXT_CHARACTERS} characters in one line, without control characters",
+            f"write 1 to {max_characters} characters in one line, without control characters",
         )
     return text.strip()
 
@@ -493,6 +522,43 @@ def _resolver(value: object) -> Address | None:
     if address.is_multicast or address.is_unspecified:
         raise _UnplacedError(f"{_shown(text)} is no host's address", 'write "auto", or an address such as "10.0.0.53"')
     return address
+
+
+def _refusal(value: object) -> RefusalText:
+    table = _table(value, "message", "ca")
+    return RefusalText(message=_read(table, "message", _message, None), ca=_read(table, "ca", _authority_files, None))
+
+
+def _message(value: object) -> str:
+    template = _sentence(value, MAX_MESSAGE_CHARACTERS)
+    known = _either(f"{{{name}}}" for name in REFUSAL_PLACEHOLDERS)
+    try:
+        fields = list(string.Formatter().parse(template))
+    except ValueError:
+        raise _UnplacedError(
+            f"{_shown(template)} has a brace without its other half", f"write {known}, and {{{{ for a brace itself"
+        ) from None
+    for _, name, form, conversion in fields:
+        if name is not None and (name not in REFUSAL_PLACEHOLDERS or form or conversion):
+            wrong = name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            raise _UnplacedError(f"{_shown(f'{{{wrong}}}')} is no placeholder", f"write {known}")
+    return template
+
+
+def _authority_files(value: object) -> AuthorityFiles:
+    table = _table(value, "certificate", "key")
+    return AuthorityFiles(
+        certificate=_require(table, "certificate", _absolute_path, '"/etc/registry-enforcer/ca.crt"'),
+        key=_require(table, "key", _absolute_path, '"/etc/registry-enforcer/ca.key"'),
+        line=1,
+    )
+
+
+def _absolute_path(value: object) -> str:
+    path = _string(value)
+    if not path.startswith("/") or not path.isprintable():
+        raise _UnplacedError(f"{_shown(path)} is not an absolute path", 'write "/etc/registry-enforcer/ca.crt"')
+    return path
 
 
 def _rules(table: Table, registry_ports: tuple[int, ...]) -> tuple[Rule, ...]:

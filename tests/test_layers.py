@@ -13,7 +13,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "enforcer"
 
-CORE = {"kernel_abi", "toml_lines", "policy", "dns_answer", "learned", "ruleset", "advice", "topology", "attribution"}
+CORE = {
+    *("kernel_abi", "toml_lines", "policy", "dns_answer", "learned", "ruleset", "advice", "topology", "attribution"),
+    "denial",
+}
 SHELL = {"bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver", "state"}
 TOP = {
     "daemon",

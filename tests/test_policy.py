@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from enforcer.kernel_abi import MAX_NAMES, MAX_PORTS_PER_NAME, pack_name_key
 from enforcer.policy import (
     MAX_POLICY_BYTES,
+    AuthorityFiles,
     HostPattern,
     Level,
     Mode,
@@ -65,6 +66,9 @@ name = "mirror"
 hosts = ["packages.corp.example"]
 [resolvers]
 trusted = ["auto", "10.0.0.53"]
+[refusal]
+message = "{name} is not allowed {{here}}: {contact}"
+ca = { certificate = "/etc/corp/ca.crt", key = "/etc/corp/ca.key" }
 """
 
 
@@ -98,6 +102,9 @@ def test_a_full_policy_is_read_as_written() -> None:
     assert policy.ports == (443, 5000)
     assert policy.scope == Scope(containers=Level.STRICT, engines=Level.OFF, host=Level.STRICT)
     assert policy.resolvers == Resolvers(auto=True, addresses=(ip_address("10.0.0.53"),))
+    assert policy.refusal.message == "{name} is not allowed {{here}}: {contact}"
+    line_of_ca = FULL[: FULL.index("ca = {")].count("\n") + 1
+    assert policy.refusal.ca == AuthorityFiles("/etc/corp/ca.crt", "/etc/corp/ca.key", line_of_ca)
     assert [(rule.name, rule.kind) for rule in policy.rules] == [
         ("docker-hub", RuleKind.PRESET),
         ("ghcr", RuleKind.PRESET),
@@ -266,6 +273,18 @@ def test_host_names_are_normalized(written: str, pattern: str) -> None:
         ("[resolvers]\ntrusted = ['dns.corp.example']", 2, "not a resolver", '"auto"'),
         ("[resolvers]\ntrusted = ['0.0.0.0']", 2, "no host's address", '"auto"'),
         (f"[resolvers]\ntrusted = {[f'10.0.0.{n}' for n in range(1, 66)]}", 2, "65 resolvers", "1 to 64"),
+        ('[refusal]\nmessage = "{nmae}"', 2, "no placeholder", "{name}"),
+        ('[refusal]\nmessage = "{name!r}"', 2, "{name!r}", "{name}"),
+        ('[refusal]\nmessage = "{name.__class__}"', 2, "no placeholder", "{name}"),
+        ('[refusal]\nmessage = "{name:{port}}"', 2, "no placeholder", "{name}"),
+        ('[refusal]\nmessage = "{}"', 2, "no placeholder", "{name}"),
+        ('[refusal]\nmessage = "50% {"', 2, "brace without its other half", "{{ for a brace"),
+        ('[refusal]\nmessage = "a\\u001b[2J"', 2, "cannot be shown", "without control characters"),
+        (f'[refusal]\nmessage = "{"a" * 501}"', 2, "cannot be shown", "500 characters"),
+        ('[refusal]\ntext = "no"', 2, "unknown key", "message"),
+        ('[refusal]\nca = "/ca"', 2, "not a table", "certificate"),
+        ('[refusal]\nca = { certificate = "/ca" }', 2, "key is missing", 'add key = "/etc'),
+        ('[refusal]\nca = { certificate = "ca", key = "/k" }', 2, "not an absolute path", "/etc"),
     ],
 )
 def test_a_mistake_names_its_line_and_what_to_write(text: str, line: int, problem: str, advice: str) -> None:
