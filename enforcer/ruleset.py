@@ -45,12 +45,16 @@ class Feature(enum.Enum):
     LIMIT = "chain probe { limit rate 5/second burst 10 packets accept; }"
     LOG = 'chain probe { log prefix "probe " level info; }'
     AUDIT = f'chain probe {{ log prefix "probe" group {AUDIT_GROUP}; }}'
+    REDIRECT = (
+        "chain probe { type nat hook output priority -90; fib daddr type unicast fib daddr . mark oifname lo accept;"
+        " meta l4proto tcp redirect to :9; }"
+    )
     REJECT = "chain probe { meta l4proto tcp reject with tcp reset; reject with icmpx admin-prohibited; }"
 
     @property
     def optional(self) -> bool:
         """Whether the table refuses as well without it."""
-        return self is Feature.AUDIT
+        return self in (Feature.AUDIT, Feature.REDIRECT)
 
     @property
     def kernel_option(self) -> str:
@@ -61,6 +65,7 @@ class Feature(enum.Enum):
             Feature.LIMIT: "CONFIG_NFT_LIMIT",
             Feature.LOG: "CONFIG_NFT_LOG",
             Feature.AUDIT: "CONFIG_NETFILTER_NETLINK_LOG",
+            Feature.REDIRECT: "CONFIG_NFT_NAT, CONFIG_NFT_REDIR, CONFIG_NFT_FIB_INET",
             Feature.REJECT: "CONFIG_NFT_REJECT_INET",
         }.get(self, "CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET")
 
@@ -99,16 +104,36 @@ class Element:
             raise ValueError(f"{self.address} port {self.port}: a lifetime of {self.lifetime_seconds} s")
 
 
+@dataclass(frozen=True, slots=True)
+class Responder:
+    """Where refused TCP connections are answered in their own protocol, and whose."""
+
+    port: int
+    # Internal interfaces with an address of the family (IPv6: a global one). A redirect leads to an address of the
+    # interface by which a packet came, and the kernel drops the packet where there is none.
+    interfaces4: frozenset[str] = frozenset()
+    interfaces6: frozenset[str] = frozenset()
+
+
+# What of the redirected connections entered this host, and what of these no other table's input chain has dropped.
+RESPONDER_COUNTERS = ("responder_entered", "responder_reached")
+_RESPONDER_SETS = ("answered4", "answered6", "internal_routes")
+# A flood is reset instead: the responder is the daemon, which has better to do.
+_REDIRECT_LIMIT = "limit rate over 1000/second burst 2000 packets accept"
+
+
 def counter_name(mode: Mode, scope: CountedScope, protocol: Protocol) -> str:
     """The named counter of connections that were refused, or in observe mode would have been."""
     verb = "refused" if mode is Mode.ENFORCE else "observed"
     return f"{verb}_{scope.value}_{protocol.name.lower()}"
 
 
-def render_ruleset(policy: Policy, capabilities: Capabilities, internal: Iterable[str]) -> str:
+def render_ruleset(
+    policy: Policy, capabilities: Capabilities, internal: Iterable[str], responder: Responder | None = None
+) -> str:
     """The whole table for `policy`; `internal` are the interfaces that lead only into this host (lo always is one).
 
-    ValueError if the kernel lacks something that the table needs: half a table would refuse half.
+    Without a responder, and where the kernel has no redirect, every refusal is a reset. ValueError if the kernel lacks something that the table needs: half a table would refuse half.
     """
     if capabilities.missing:
         lacking = ", ".join(f"{feature.name.lower()} ({feature.kernel_option})" for feature in capabilities.missing)
@@ -124,6 +149,8 @@ def render_ruleset(policy: Policy, capabilities: Capabilities, internal: Iterabl
     judge = functools.partial(_judge, policy.mode, audited=Feature.AUDIT in capabilities.features)
     other_ports = [f"th dport != {_ports(policy.ports)} accept"]
     engine_other_ports = ["tcp dport 53 accept", f"udp dport != {_ports(policy.ports)} accept"]
+    if Feature.REDIRECT not in capabilities.features:
+        responder = None
     return f"""\
 # registry-enforcer: connections to container registries that the policy does not list are refused.
 # Policy {_printable(policy.source)}, sha256 {_printable(policy.digest)}, mode {policy.mode.value}.
@@ -147,7 +174,7 @@ table inet {TABLE} {{
 	set internal {{ type ifname; }}
 
 {_lines(counters, 0)}
-
+{_responder_chains(policy, responder)}
 	# Containers, and whatever else this host routes. Destinations are translated before this priority.
 	chain forward {{
 		type filter hook forward priority filter + 10; policy accept;
@@ -240,17 +267,82 @@ table inet {TABLE} {{
 	}}
 }}
 
-{render_internal(internal)}"""
+{render_internal(internal, responder)}"""
 
 
-def render_internal(names: Iterable[str]) -> str:
-    """Replaces the set of internal interfaces with `names` and lo.
+def _responder_chains(policy: Policy, responder: Responder | None) -> str:
+    if responder is None:
+        return ""
+    entered, reached = RESPONDER_COUNTERS
+    text = f"""
+	# Interfaces whose refused connections are answered, by family; and `internal` again, in the type of routes.
+	set answered4 {{ type ifname; }}
+	set answered6 {{ type ifname; }}
+	set internal_routes {{ typeof fib daddr . mark oifname; }}
+
+	counter {entered} {{ }}
+	counter {reached} {{ }}
+
+	# Nobody but redirected clients reaches the responder. Both counters see each of them once: what the first sees
+	# and the second does not, another table's input chain has dropped.
+	chain responder_entrance {{
+		type filter hook input priority -400; policy accept;
+		tcp dport {responder.port} ct state new ct status dnat counter name {entered}
+	}}
+	chain responder_guard {{
+		type filter hook input priority 400; policy accept;
+		tcp dport != {responder.port} accept
+		ct status & dnat != dnat reject with tcp reset
+		ct state new counter name {reached}
+	}}
+"""
+    if policy.mode is Mode.OBSERVE:
+        return text
+    return f"""{text}
+	# Refused connections go to the responder, which says why. Whatever else was translated, at the usual priority,
+	# is not looked at here: the first translation counts.
+	chain redirect_forwarded {{
+		type nat hook prerouting priority dstnat + 10; policy accept;
+		meta l4proto != tcp accept
+		tcp flags & (fin | syn | rst | ack) != syn accept
+		tcp dport != {_ports(policy.ports)} accept
+		meta nfproto ipv4 iifname != @answered4 accept
+		meta nfproto ipv6 iifname != @answered6 accept
+		fib daddr type != unicast accept
+		fib daddr . mark oifname @internal_routes accept
+		{_REDIRECT_LIMIT}
+		jump judge_container
+		meta l4proto tcp redirect to :{responder.port}
+	}}
+	chain redirect_local {{
+		type nat hook output priority -90; policy accept;
+		meta l4proto != tcp accept
+		tcp flags & (fin | syn | rst | ack) != syn accept
+		oifname @internal accept
+		{_REDIRECT_LIMIT}
+		jump judge_local
+		meta l4proto tcp redirect to :{responder.port}
+	}}
+"""
+
+
+def render_internal(names: Iterable[str], responder: Responder | None = None) -> str:
+    """Replaces the set of internal interfaces with `names` and lo, and with a responder the sets of those it serves.
 
     A name that nft's text cannot carry literally is left out: that interface is judged as an uplink.
     """
-    known = sorted({"lo", *(name for name in names if _INTERFACE_NAME.fullmatch(name))})
-    quoted = ", ".join(f'"{name}"' for name in known)
-    return f"flush set inet {TABLE} internal\nadd element inet {TABLE} internal {{ {quoted} }}\n"
+    names = {"lo", *names}
+    sets: dict[str, Iterable[str]] = {"internal": names}
+    if responder is not None:
+        answered = responder.interfaces4, responder.interfaces6, names
+        sets |= dict(zip(_RESPONDER_SETS, answered, strict=True))
+    return "".join(_replace(set_name, members) for set_name, members in sets.items())
+
+
+def _replace(set_name: str, names: Iterable[str]) -> str:
+    text = f"flush set inet {TABLE} {set_name}\n"
+    quoted = ", ".join(f'"{name}"' for name in sorted(names) if _INTERFACE_NAME.fullmatch(name))
+    return text + (f"add element inet {TABLE} {set_name} {{ {quoted} }}\n" if quoted else "")
 
 
 def render_elements(permit: Iterable[Element], withdraw: Iterable[tuple[Address, int]]) -> str:

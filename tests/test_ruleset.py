@@ -20,6 +20,7 @@ from enforcer.ruleset import (
     CountedScope,
     Element,
     Feature,
+    Responder,
     counter_name,
     render_elements,
     render_internal,
@@ -64,13 +65,17 @@ POLICIES = {
     "hostile-names": replace(
         DEFAULT, rules=(rule(HOSTILE_NAME, "10.0.0.0/8"),), source=HOSTILE_NAME, digest=HOSTILE_NAME
     ),
+    "responder": DEFAULT,
+    "responder-observe": replace(DEFAULT, mode=Mode.OBSERVE),
 }
+RESPONDER = Responder(942, interfaces4=frozenset({"docker0"}))
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_ruleset_is_the_golden(name: str) -> None:
     path = GOLDEN / f"{name}.nft"
-    text = render_ruleset(POLICIES[name], FULL, ["docker0", "veth1"])
+    responder = RESPONDER if name.startswith("responder") else None
+    text = render_ruleset(POLICIES[name], FULL, ["docker0", "veth1"], responder)
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
     assert text == path.read_text()
@@ -95,6 +100,16 @@ def test_kernel_without_a_reporting_log_writes_a_few_lines_into_its_own_log_inst
     full = render_ruleset(DEFAULT, FULL, [])
     assert reported.search(full)
     assert not logged.search(full)
+
+
+def test_kernel_without_redirect_resets_as_without_a_responder() -> None:
+    lacking = Capabilities(FULL.features - {Feature.REDIRECT})
+    assert render_ruleset(DEFAULT, lacking, ["docker0"], RESPONDER) == render_ruleset(DEFAULT, FULL, ["docker0"])
+
+
+def test_observe_mode_redirects_nothing() -> None:
+    assert "redirect to :942" in render_ruleset(DEFAULT, FULL, [], RESPONDER)
+    assert "redirect to" not in render_ruleset(POLICIES["observe"], FULL, [], RESPONDER)
 
 
 @given(name=st.text(min_size=1))
