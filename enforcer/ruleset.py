@@ -133,7 +133,8 @@ def render_ruleset(
 ) -> str:
     """The whole table for `policy`; `internal` are the interfaces that lead only into this host (lo always is one).
 
-    Without a responder, and where the kernel has no redirect, every refusal is a reset. ValueError if the kernel lacks something that the table needs: half a table would refuse half.
+    Without a responder, and where the kernel has no redirect, every refusal is a reset. ValueError if the kernel lacks
+    something that the table needs: half a table would refuse half.
     """
     if capabilities.missing:
         lacking = ", ".join(f"{feature.name.lower()} ({feature.kernel_option})" for feature in capabilities.missing)
@@ -291,9 +292,8 @@ def _responder_chains(policy: Policy, responder: Responder | None) -> str:
 	}}
 	chain responder_guard {{
 		type filter hook input priority 400; policy accept;
-		tcp dport != {responder.port} accept
-		ct status & dnat != dnat reject with tcp reset
-		ct state new counter name {reached}
+		tcp dport {responder.port} ct status & dnat != dnat reject with tcp reset
+		tcp dport {responder.port} ct state new counter name {reached}
 	}}
 """
     if policy.mode is Mode.OBSERVE:
