@@ -101,7 +101,7 @@ def _parse(path: Path) -> Vector:
             section = text.strip("[]")
             messages[section] = b""
         elif section:
-            messages[section] += _assemble(text)
+            messages[section] += assemble(text)
         elif text:
             key, _, value = text.partition(":")
             facts[key] = value.strip()
@@ -116,10 +116,11 @@ def _parse(path: Path) -> Vector:
     )
 
 
-def _assemble(line: str) -> bytes:
+def assemble(line: str) -> bytes:
+    """The bytes of one line of a message."""
     count, times, rest = line.partition(" x ")
     if times:
-        return b"".join(_assemble(rest.replace("{n}", f"{n % 256:02x}")) for n in range(int(count)))
+        return b"".join(assemble(rest.replace("{n}", f"{n % 256:02x}")) for n in range(int(count)))
     return b"".join(map(_piece, line.split()))
 
 

@@ -9,12 +9,22 @@ from collections.abc import Iterator
 import pytest
 
 from enforcer import kernel_abi
-from enforcer.kernel_abi import Outcome
+from enforcer.kernel_abi import MARK_MASK, Outcome, Protocol
 from enforcer.learned import lifetime_seconds
 from enforcer.policy import Address
 from tests import dns_vectors
 from tests.dns_vectors import Vector
-from tests.kernel.harness import SECOND_NS, Harness
+from tests.kernel import packets
+from tests.kernel.harness import (
+    CLIENT_PORT,
+    CLIENT_V4,
+    CLIENT_V6,
+    FOREIGN_MARK,
+    RESOLVER_V4,
+    RESOLVER_V6,
+    SECOND_NS,
+    Harness,
+)
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -110,3 +120,21 @@ def test_damaged_answers_never_teach_bpf_more_than_python(harness: Harness) -> N
 
 def test_same_messages_every_time() -> None:
     assert [next(cases()) for _ in range(3)] == [next(cases())] * 3
+
+
+def test_damaged_frames_leave_packets_and_verdicts_alone(harness: Harness) -> None:
+    rng = random.Random(SEED)  # noqa: S311
+    vectors = corpus()
+    for number in range(MESSAGES // 5):
+        vector = rng.choice(vectors)
+        tcp = rng.random() < 0.5
+        protocol = Protocol.TCP if tcp else Protocol.UDP
+        payload = packets.message(vector.answer) if tcp else vector.answer
+        transport = (packets.tcp if tcp else packets.udp)(53, CLIENT_PORT, payload)
+        source, destination = (RESOLVER_V4, CLIENT_V4) if number % 2 else (RESOLVER_V6, CLIENT_V6)
+        frame = bytearray(packets.frame(source, destination, protocol, transport))
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            frame[rng.randrange(14, min(len(frame), 90))] = rng.choice((rng.randrange(256), *INTERESTING))
+        for program in "learn", "track_query", "gate":
+            assert harness.run(program, bytes(frame), FOREIGN_MARK) & ~MARK_MASK == FOREIGN_MARK
+    assert harness.learned() == {}  # nothing was asked

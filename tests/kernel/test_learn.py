@@ -6,6 +6,7 @@ from ipaddress import ip_address
 
 import pytest
 
+from enforcer import kernel_abi
 from enforcer.kernel_abi import MARK_MASK, MARK_VOUCHED, MAX_WIRE_BYTES, Outcome, Protocol
 from tests import dns_vectors
 from tests.dns_vectors import Vector
@@ -38,7 +39,7 @@ def from_resolver(wire: bytes, port: int = CLIENT_PORT) -> bytes:
 
 
 def answer_with(ttl_seconds: int, address: str = "c0000201") -> bytes:
-    return dns_vectors._assemble(
+    return dns_vectors.assemble(
         f"1234 8180 0001 0001 0000 0000 registry.example. 0001 0001 c00c 0001 0001 {ttl_seconds:08x} 0004 {address}"
     )
 
@@ -357,3 +358,55 @@ def test_address_taught_by_another_pattern_is_reported_and_not_shortened(harness
     assert harness.answer(other.answer) is Outcome.LEARNED
     assert harness.learned()[ADDRESS, 443] == (long, 1)
     assert len(list(harness.events())) == 1
+
+
+# --- the budget of steps ---------------------------------------------------------------------------------------------
+def test_eight_ports_and_eight_addresses_fit(harness: Harness) -> None:
+    ports = tuple(range(5_000, 5_008))
+    key = kernel_abi.pack_name_key("many.ports.example", wildcard=False)
+    harness.state.maps["names"].update(key, kernel_abi.pack_name_rule(99, ports, private_addresses=False))
+    lines = "many.ports.example. 0001 0001", "8 x c00c 0001 0001 0000003c 0004 c00002{n}"
+    wire = b"".join(map(dns_vectors.assemble, ("1234 8180 0001 0008 0000 0000", *lines)))
+    harness.ask(dns_vectors.question_of(wire))
+    assert harness.answer(wire) is Outcome.LEARNED
+    assert set(harness.learned()) == {(ip_address(f"192.0.2.{n}"), port) for n in range(8) for port in ports}
+
+
+def test_answer_that_takes_more_steps_than_there_are_is_left_to_the_daemon(harness: Harness) -> None:
+    head, record = "1234 8180 0001 0020 0000 0000", "32 x registry.example. 0001 0001 0000003c 0004 c00002{n}"
+    wire = b"".join(map(dns_vectors.assemble, (head, "registry.example. 0001 0001", record)))
+    harness.ask(dns_vectors.question_of(wire))
+    assert harness.answer(wire) is Outcome.UNREADABLE
+    (event,) = harness.events()
+    assert event.wire == wire
+    first = {ip_address(f"192.0.2.{n}") for n in range(len(harness.addresses()))}
+    assert harness.addresses() == first
+    assert 8 <= len(first) < 32
+
+
+def test_name_of_a_hundred_labels_neither_teaches_nor_troubles_the_daemon(harness: Harness) -> None:
+    name = "a." * 100 + "example.com."
+    wire = dns_vectors.assemble(f"1234 8180 0001 0001 0000 0000 {name} 0001 0001 c00c 0001 0001 0000003c 0004 c0000201")
+    harness.ask(dns_vectors.question_of(wire))
+    assert len(list(harness.state.maps["queries"].items())) == 1
+    assert harness.answer(wire) is Outcome.UNREADABLE
+    assert harness.learned() == {}
+    assert list(harness.events()) == []
+
+
+@pytest.mark.parametrize(("pointers", "outcome"), [(14, Outcome.LEARNED), (15, Outcome.UNREADABLE)])
+def test_chain_of_pointers_is_followed_as_far_as_dnspython_would(
+    harness: Harness, pointers: int, outcome: Outcome
+) -> None:
+    # A TXT record holds a ladder of pointers down to the question's name; an owner points to its top.
+    text_at = 12 + 18 + 4 + 12
+    ladder = b"\xc0\x0c" + b"".join((0xC000 | text_at + 2 * n).to_bytes(2) for n in range(pointers - 1))
+    wire = dns_vectors.assemble("1234 8180 0001 0002 0000 0000 registry.example. 0001 0001 c00c 0010 0001 0000003c")
+    wire += len(ladder).to_bytes(2) + ladder + (0xC000 | text_at + 2 * (pointers - 1)).to_bytes(2)
+    wire += dns_vectors.assemble("0001 0001 0000003c 0004 c0000201")
+    harness.ask(dns_vectors.question_of(wire))
+    assert harness.answer(wire) is outcome
+    assert harness.addresses() == (PLAIN.learned if outcome is Outcome.LEARNED else set())
+    found = dns_vectors.accepted(wire)
+    assert found
+    assert [record.address for record in found[2]] == [ADDRESS]
