@@ -15,11 +15,15 @@ PACKAGE = Path(__file__).parent.parent / "enforcer"
 
 CORE = {
     *("kernel_abi", "toml_lines", "policy", "dns_answer", "learned", "ruleset", "advice", "topology", "attribution"),
-    "denial",
+    *("denial", "audit_record"),
 }
-SHELL = {"bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver", "state"}
+SHELL = {
+    *("bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver", "state"),
+    *("audit", "containers", "nflog", "responder"),
+}
 TOP = {
     "daemon",
+    "auditing",
     "doctor",
     "cli",
     "bpf_loader",
