@@ -5,7 +5,7 @@
  *
  *	learn		tc ingress of uplinks and lo
  *	track_query	tc egress of uplinks and lo
- *	gate		tc ingress of every other interface
+ *	gate		tc ingress of every other interface, ports of internal bridges among them
  *	connect4 ...	cgroup hooks; _pidns: where bpf_get_ns_current_pid_tgid is allowed in them (6.10)
  *	sock_create	cgroup hook: the scope of raw sockets and of first UDP packets
  *
@@ -102,7 +102,11 @@ int gate(struct __sk_buff *skb)
 	if (!settings || !scratch || !settings->configured)
 		return TC_ACT_UNSPEC;
 	clear_mark(skb, settings);
-	if (read_packet(skb, &scratch->packet) && may_pass(&scratch->packet, &scratch->learned_key))
+	if (!read_packet(skb, &scratch->packet) || scratch->packet.protocol != IPPROTO_TCP)
+		return TC_ACT_UNSPEC;
+	/* Tells nftables that nobody vouches from that nobody has looked yet. */
+	skb->mark |= settings->mark_container;
+	if (may_pass(&scratch->packet, &scratch->learned_key))
 		skb->mark |= settings->mark_vouched;
 	return TC_ACT_UNSPEC;
 }

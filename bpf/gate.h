@@ -23,12 +23,10 @@ INLINE int is_learned(struct learned_key *key)
 	return learned && learned->expires_at > now_ns();
 }
 
-/* Whether an answer taught where this packet of a container goes. Any segment, not the first only: a connection that
- * waited for its answer gets through when it sends its SYN again. */
+/* Whether an answer taught where this TCP packet of a container goes. Any segment, not the first only: a connection
+ * that waited for its answer gets through when it sends its SYN again. */
 INLINE int may_pass(struct packet *packet, struct learned_key *key)
 {
-	if (packet->protocol != IPPROTO_TCP)
-		return 0;
 	copy_ipv6(key->address, packet->destination);
 	key->port = packet->destination_port;
 	key->padding = 0;

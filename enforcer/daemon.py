@@ -39,11 +39,13 @@ from enforcer import (
     nft,
     procfs,
     resolver,
+    responder,
     ruleset,
     state,
     topology,
 )
 from enforcer.bpf import Loader
+from enforcer.denial import Refusal
 from enforcer.kernel_abi import DnsEvent, MarkedScope, Outcome, Protocol, RangeClass
 from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, may_teach, permitted
 from enforcer.policy import (
@@ -167,6 +169,11 @@ class Enforcement:
         self._cgroup = cgroup
         self._loop = asyncio.get_running_loop()
         self._table_present = firewall.present()  # an earlier daemon's
+        self._ruleset_applied = False  # this one's
+        self._responder: responder.Responder | None = None
+        self._redirected = set(ruleset.Redirected)  # what no other table's input chain is known to drop
+        self._redirects_lost: dict[ruleset.Redirected, int] = {}
+        self._interfaces = ""  # the text that told the table of them last
         self._unsaved = False  # the last attempt to write the state file failed
         self._lost_seen = 0
         self._ranges: dict[bytes, bytes] = {}
@@ -212,10 +219,11 @@ class Enforcement:
         stale = self._elements_without_reason(elements) if self._table_present else []
         assert self.plan is not None  # follow_resolvers made it
         self._firewall.apply(
-            ruleset.render_ruleset(self.policy, self._capabilities, self.plan.internal)
+            ruleset.render_ruleset(self.policy, self._capabilities, self.plan.internal, self._answering())
             + self._render(Changes(tuple(elements.values()), tuple(stale)))
         )
-        self._table_present = True
+        self._table_present = self._ruleset_applied = True
+        self._redirects_lost = self._count_redirects_lost()
 
     def _write_settings(self) -> None:
         settings = self._kernel.maps["settings"]
@@ -527,11 +535,19 @@ class Enforcement:
                     log.warning("interface %d takes no BPF program (%s): nothing is learned there", index, error)
         for index in self._attached.keys() - (self.plan.learn | self.plan.gate):
             del self._attached[index]
-        if self._table_present and (before is None or before.internal != self.plan.internal):
-            self._firewall.apply(ruleset.render_internal(self.plan.internal))
+        if self._table_present:
+            self._tell_interfaces()
         if before is None or before.unlearnable != self.plan.unlearnable:
             for address, why in self.plan.unlearnable:
                 log.warning("answers of the resolver %s cannot teach: %s", address, why)
+
+    def _tell_interfaces(self) -> None:
+        assert self.plan is not None
+        # An earlier daemon's table may have no sets for the responder.
+        text = ruleset.render_internal(self.plan.internal, self._answering() if self._ruleset_applied else None)
+        if text != self._interfaces:
+            self._firewall.apply(text)
+            self._interfaces = text
 
     async def follow_links(self) -> None:
         """Fit the programs to every change of interfaces, addresses, routes and filters."""
@@ -590,9 +606,11 @@ class Enforcement:
 
         kept, changes = self.learned.narrowed(still_allowed)
         assert self.plan is not None
+        self._redirected = set(ruleset.Redirected)  # the operator may have let them in
         try:
             self._firewall.apply(
-                ruleset.render_ruleset(policy, self._capabilities, self.plan.internal) + self._render(changes)
+                ruleset.render_ruleset(policy, self._capabilities, self.plan.internal, self._answering())
+                + self._render(changes)
             )
         except nft.NftError as error:
             names.update_many((key, before[key]) for key in narrowed)
@@ -622,9 +640,70 @@ class Enforcement:
             )
             self._lost_seen = lost
             self._adopt_learned()
+        self.watch_redirects()
 
     def _lost(self) -> int:
         return self._kernel.maps["counters"].sum_u64(_u32(Outcome.EVENT_LOST))
+
+    # --- refusals ----------------------------------------------------------------------------------------------------
+    def answer_refused(self, listener: responder.Responder) -> None:
+        """Have refused connections answered by `listener`, once the ruleset is applied."""
+        self._responder = listener
+
+    def refused(self, refusal: Refusal) -> None:
+        """The responder has answered."""
+        self.metrics.refusals_answered.labels(refusal.answered.value).inc()
+
+    def _answering(self) -> ruleset.Responder | None:
+        """What the ruleset has to know of the responder; None without one."""
+        if self._responder is None:
+            return None
+        assert self.plan is not None
+        addressed: dict[int, set[str]] = {4: set(), 6: set()}
+        if ruleset.Redirected.FORWARDED in self._redirected:
+            for entry in self.plan.roles:
+                if entry.role is topology.Role.INTERNAL:
+                    for address in entry.interface.addresses:
+                        if not address.is_link_local:
+                            addressed[address.version].add(entry.interface.name)
+        return ruleset.Responder(
+            self._responder.port,
+            local=ruleset.Redirected.LOCAL in self._redirected,
+            interfaces4=frozenset(addressed[4]),
+            interfaces6=frozenset(addressed[6]),
+        )
+
+    def _count_redirects_lost(self) -> dict[ruleset.Redirected, int]:
+        """How many redirected connections never came to the responder, ever."""
+        if self._responder is None:
+            return {}
+        counters = self._firewall.counters()
+        return {way: counters[way.entered].packets - counters[way.reached].packets for way in ruleset.Redirected}
+
+    def watch_redirects(self) -> None:
+        """Go back to resets where another table's input chain drops what is redirected: clients would hang."""
+        if self._responder is None:
+            return
+        before, lost = self._redirects_lost, self._count_redirects_lost()
+        if any(lost[way] > before[way] for way in self._redirected):
+            # A packet may have come between the readings of its two counters; what was dropped stays so.
+            again = self._count_redirects_lost()
+            lost = {way: min(lost[way], again[way]) for way in lost}
+        self._redirects_lost = {way: max(lost[way], before[way]) for way in lost}
+        dropped = {way for way in self._redirected if lost[way] > before[way]}
+        if not dropped:
+            return
+        self._redirected -= dropped
+        assert self.plan is not None
+        self._firewall.apply(
+            ruleset.render_ruleset(self.policy, self._capabilities, self.plan.internal, self._answering())
+        )
+        log.warning(
+            "another table's input chain drops the %s connections that are redirected to the responder, so they are "
+            "reset again: let 'ct status dnat tcp dport %d' in there, then reload the policy (SIGHUP)",
+            " and ".join(sorted(way.value for way in dropped)),
+            self._responder.port,
+        )
 
     # --- what it tells -----------------------------------------------------------------------------------------------
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -666,6 +745,13 @@ class Enforcement:
                     for (scope, protocol), count in _refusals(counters, mode).items()
                 ]
                 for verb, mode in (("refused", Mode.ENFORCE), ("observed", Mode.OBSERVE))
+            },
+            "responder": None
+            if self._responder is None
+            else {
+                "port": self._responder.port,
+                "clients": len(self._responder),
+                "answers": sorted(way.value for way in self._redirected),
             },
             "resolvers": [str(address) for address in self.resolvers],
             "unlearnable_resolvers": [{"address": str(address), "why": why} for address, why in self.plan.unlearnable],
@@ -783,6 +869,12 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             links=links,
             cgroup=cgroup,
         )
+        if ruleset.Feature.REDIRECT in capabilities.features:
+            answering = responder.Responder(lambda: (enforcement.policy, enforcement.index), enforcement.refused)
+            try:
+                enforcement.answer_refused(stack.enter_context(answering))
+            except OSError as error:
+                log.warning("refused connections are reset, without a word: %s", error.strerror)
         stack.enter_context(metrics.serve(enforcement.metrics, *options.metrics))
         _remember_instance(options, cgroup)
 

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from enforcer import __version__
+from enforcer.denial import Answered
 
 if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
@@ -67,6 +68,14 @@ class Metrics(Collector):
         )
         for result in ("answered", "no_answer", "unusable"):
             self.own_queries.labels(result)
+        self.refusals_answered = Counter(
+            "enforcer_refusals_answered",
+            "Refused connections that the responder has taken, by what it told them.",
+            ["protocol"],
+            registry=self.registry,
+        )
+        for answered in Answered:
+            self.refusals_answered.labels(answered.value)
         self.learn_seconds = Histogram(
             "enforcer_learn_seconds",
             "From the arrival of a DNS answer to its addresses being in the nftables set.",

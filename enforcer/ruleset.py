@@ -109,17 +109,33 @@ class Responder:
     """Where refused TCP connections are answered in their own protocol, and whose."""
 
     port: int
-    # Internal interfaces with an address of the family (IPv6: a global one). A redirect leads to an address of the
-    # interface by which a packet came, and the kernel drops the packet where there is none.
+    local: bool = True  # for sockets of this host
+    # For forwarded connections: internal interfaces with an address of the family (IPv6: a global one). A redirect
+    # leads to an address of the interface by which a packet came, and the kernel drops the packet where there is none.
     interfaces4: frozenset[str] = frozenset()
     interfaces6: frozenset[str] = frozenset()
 
 
-# What of the redirected connections entered this host, and what of these no other table's input chain has dropped.
-RESPONDER_COUNTERS = ("responder_entered", "responder_reached")
 _RESPONDER_SETS = ("answered4", "answered6", "internal_routes")
 # A flood is reset instead: the responder is the daemon, which has better to do.
 _REDIRECT_LIMIT = "limit rate over 1000/second burst 2000 packets accept"
+
+
+class Redirected(enum.Enum):
+    """Which redirected connections: part of the names of the counters that watch over them."""
+
+    LOCAL = "local"
+    FORWARDED = "forwarded"
+
+    @property
+    def entered(self) -> str:
+        """Counts those that entered this host's input."""
+        return f"responder_entered_{self.value}"
+
+    @property
+    def reached(self) -> str:
+        """Counts those of them that no other table's input chain has dropped."""
+        return f"responder_reached_{self.value}"
 
 
 def counter_name(mode: Mode, scope: CountedScope, protocol: Protocol) -> str:
@@ -274,26 +290,26 @@ table inet {TABLE} {{
 def _responder_chains(policy: Policy, responder: Responder | None) -> str:
     if responder is None:
         return ""
-    entered, reached = RESPONDER_COUNTERS
+    redirected = f"tcp dport {responder.port} ct state new ct status dnat"
+    came_by = {Redirected.LOCAL: 'iifname "lo"', Redirected.FORWARDED: 'iifname != "lo"'}
     text = f"""
 	# Interfaces whose refused connections are answered, by family; and `internal` again, in the type of routes.
 	set answered4 {{ type ifname; }}
 	set answered6 {{ type ifname; }}
 	set internal_routes {{ typeof fib daddr . mark oifname; }}
 
-	counter {entered} {{ }}
-	counter {reached} {{ }}
+{_lines((f"counter {name} {{ }}" for way in Redirected for name in (way.entered, way.reached)), 1)}
 
-	# Nobody but redirected clients reaches the responder. Both counters see each of them once: what the first sees
-	# and the second does not, another table's input chain has dropped.
+	# Nobody but redirected clients reaches the responder. What entered and did not reach it, another table's input
+	# chain has dropped.
 	chain responder_entrance {{
 		type filter hook input priority -400; policy accept;
-		tcp dport {responder.port} ct state new ct status dnat counter name {entered}
+{_lines(f"{redirected} {came_by[way]} counter name {way.entered}" for way in Redirected)}
 	}}
 	chain responder_guard {{
 		type filter hook input priority 400; policy accept;
 		tcp dport {responder.port} ct status & dnat != dnat reject with tcp reset
-		tcp dport {responder.port} ct state new counter name {reached}
+{_lines(f"{redirected} {came_by[way]} counter name {way.reached}" for way in Redirected)}
 	}}
 """
     if policy.mode is Mode.OBSERVE:
@@ -308,6 +324,9 @@ def _responder_chains(policy: Policy, responder: Responder | None) -> str:
 		tcp dport != {_ports(policy.ports)} accept
 		meta nfproto ipv4 iifname != @answered4 accept
 		meta nfproto ipv6 iifname != @answered6 accept
+		# Whether anybody vouches is not known before BPF has seen the packet: on a bridge's port, where br_netfilter
+		# calls this chain, it may not be attached yet.
+		meta mark & {MARK_SCOPE_MASK:#010x} != {MarkedScope.CONTAINER:#010x} accept
 		fib daddr type != unicast accept
 		fib daddr . mark oifname @internal_routes accept
 		{_REDIRECT_LIMIT}
@@ -316,14 +335,19 @@ def _responder_chains(policy: Policy, responder: Responder | None) -> str:
 	}}
 	chain redirect_local {{
 		type nat hook output priority -90; policy accept;
-		meta l4proto != tcp accept
-		tcp flags & (fin | syn | rst | ack) != syn accept
-		oifname @internal accept
-		{_REDIRECT_LIMIT}
-		jump judge_local
-		meta l4proto tcp redirect to :{responder.port}
+{_lines(_redirect_local(responder))}
 	}}
 """
+
+
+def _redirect_local(responder: Responder) -> Iterator[str]:
+    if responder.local:
+        yield "meta l4proto != tcp accept"
+        yield "tcp flags & (fin | syn | rst | ack) != syn accept"
+        yield "oifname @internal accept"
+        yield _REDIRECT_LIMIT
+        yield "jump judge_local"
+        yield f"meta l4proto tcp redirect to :{responder.port}"
 
 
 def render_internal(names: Iterable[str], responder: Responder | None = None) -> str:

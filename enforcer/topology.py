@@ -105,7 +105,12 @@ def plan_attachments(
         else:
             learn.add(reached_through.interface.index)
 
-    gate = {index for index, interface in by_index.items() if index not in learn and not _is_port(interface, by_index)}
+    # A port's packets come by its master, but with br_netfilter (docker loads it) they pass nftables' prerouting before.
+    gate = {
+        index
+        for index, interface in by_index.items()
+        if index not in learn and (not _is_port(interface, by_index) or role_of[index].role is Role.INTERNAL)
+    }
     return AttachmentPlan(
         roles=roles,
         learn=frozenset(learn),

@@ -35,11 +35,11 @@ def route(destination: str, interface: int, gateway: str | None = None) -> Route
     return Route(ip_network(destination), ip_address(gateway) if gateway else None, interface)
 
 
-def test_usual_host_learns_on_the_uplink_and_lo_and_gates_the_bridge_alone() -> None:
+def test_usual_host_learns_on_the_uplink_and_lo_and_gates_the_bridge_and_its_ports() -> None:
     plan = plan_attachments(HOST, [DEFAULT], {RESOLVER: 2, IPv4Address("127.0.0.53"): 1})
     assert plan.internal == {"lo", "docker0", "veth4"}
     assert plan.learn == {1, 2}
-    assert plan.gate == {3}
+    assert plan.gate == {3, 4}
     assert plan.unlearnable == ()
 
 

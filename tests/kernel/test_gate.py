@@ -6,7 +6,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from enforcer.kernel_abi import MARK_MASK, MARK_SCOPE_MASK, MARK_VOUCHED, Protocol
+from enforcer.kernel_abi import MARK_MASK, MARK_SCOPE_MASK, MARK_VOUCHED, MarkedScope, Protocol
 from enforcer.policy import Address
 from tests.kernel import packets
 from tests.kernel.harness import FOREIGN_MARK, Harness
@@ -17,6 +17,8 @@ CONTAINER = {4: ip_address("10.88.0.2"), 6: ip_address("fd00:88::2")}
 REGISTRY = {4: ip_address("192.0.2.1"), 6: ip_address("2001:db8::1")}
 OTHER = {4: ip_address("192.0.2.2"), 6: ip_address("2001:db8::2")}
 SYN, ACK = 0x02, 0x10
+SEEN = MarkedScope.CONTAINER  # by the gate, which does not vouch
+VOUCHED = MarkedScope.CONTAINER | MARK_VOUCHED
 
 both_families = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 
@@ -30,14 +32,14 @@ def segment(destination: Address, port: int = 443, *, flags: int = SYN, options:
 @pytest.mark.parametrize("flags", [SYN, ACK])
 def test_segment_to_a_learned_address_is_vouched_for(harness: Harness, version: int, flags: int) -> None:
     harness.vouch(REGISTRY[version], 443, 60)
-    assert harness.run("gate", segment(REGISTRY[version], flags=flags)) == MARK_VOUCHED
+    assert harness.run("gate", segment(REGISTRY[version], flags=flags)) == VOUCHED
 
 
 @both_families
 def test_segment_to_another_address_or_port_is_not(harness: Harness, version: int) -> None:
     harness.vouch(REGISTRY[version], 443, 60)
-    assert harness.run("gate", segment(OTHER[version])) == 0
-    assert harness.run("gate", segment(REGISTRY[version], 5000)) == 0
+    assert harness.run("gate", segment(OTHER[version])) == SEEN
+    assert harness.run("gate", segment(REGISTRY[version], 5000)) == SEEN
 
 
 @both_families
@@ -45,13 +47,13 @@ def test_segment_from_a_learned_address_is_not(harness: Harness, version: int) -
     harness.vouch(REGISTRY[version], 443, 60)
     answer = packets.tcp(443, 50_000, flags=SYN)
     frame = packets.frame(REGISTRY[version], CONTAINER[version], Protocol.TCP, answer)
-    assert harness.run("gate", frame) == 0
+    assert harness.run("gate", frame) == SEEN
 
 
 @both_families
 def test_expired_address_is_not_vouched_for(harness: Harness, version: int) -> None:
     harness.vouch(REGISTRY[version], 443, -0.001)
-    assert harness.run("gate", segment(REGISTRY[version])) == 0
+    assert harness.run("gate", segment(REGISTRY[version])) == SEEN
 
 
 @both_families
@@ -65,9 +67,9 @@ def test_udp_is_never_vouched_for(harness: Harness, version: int) -> None:
 def test_forged_marks_are_cleared_and_other_bits_stay(harness: Harness, version: int) -> None:
     harness.vouch(REGISTRY[version], 443, 60)
     mark = MARK_MASK | FOREIGN_MARK
-    assert harness.run("gate", segment(OTHER[version]), mark) == FOREIGN_MARK
-    assert harness.run("gate", segment(REGISTRY[version]), mark) == FOREIGN_MARK | MARK_VOUCHED
-    assert harness.run("gate", segment(REGISTRY[version]), MARK_SCOPE_MASK) == MARK_VOUCHED
+    assert harness.run("gate", segment(OTHER[version]), mark) == FOREIGN_MARK | SEEN
+    assert harness.run("gate", segment(REGISTRY[version]), mark) == FOREIGN_MARK | VOUCHED
+    assert harness.run("gate", segment(REGISTRY[version]), MARK_SCOPE_MASK) == VOUCHED
 
 
 def test_forged_mark_of_what_is_no_ip_packet_is_cleared(harness: Harness) -> None:
@@ -85,11 +87,11 @@ def test_fragment_without_ports_is_not_vouched_for(harness: Harness) -> None:
 def test_options_and_extension_headers_are_passed_over(harness: Harness) -> None:
     for address in REGISTRY.values():
         harness.vouch(address, 443, 60)
-    assert harness.run("gate", segment(REGISTRY[4], options=bytes([1]) * 8)) == MARK_VOUCHED
+    assert harness.run("gate", segment(REGISTRY[4], options=bytes([1]) * 8)) == VOUCHED
     transport = packets.tcp(50_000, 443, flags=SYN)
     chain = (packets.DESTINATION_OPTIONS, packets.extension(Protocol.TCP, words=1))
     frame = packets.frame(CONTAINER[6], REGISTRY[6], Protocol.TCP, transport, extensions=chain)
-    assert harness.run("gate", frame) == MARK_VOUCHED
+    assert harness.run("gate", frame) == VOUCHED
 
 
 def test_nothing_is_changed_before_the_settings_are_written(harness: Harness) -> None:

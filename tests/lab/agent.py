@@ -28,27 +28,40 @@ _A, _AAAA = 1, 28
 
 
 def attempt(address: str, port: int, timeout: float, mark: int = 0) -> Reply:
-    """One TCP connection of a socket that sets its own mark first.
+    """One TCP connection of a socket that sets its own mark first, and a request to see who is at its other end.
 
     Reply: verdict (reached, refused, timed out, error), seconds, address, message, and the socket's mark then.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     started = time.monotonic()
-    verdict, message = "reached", ""
+    verdict, message, seconds = "reached", "", 0.0
     with socket.socket(family, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
         try:
             if mark:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
             connection.connect((address, port))
+            seconds = time.monotonic() - started
+            if _denied(connection):
+                verdict, message = "refused", "403 Forbidden"
         except TimeoutError:
             verdict, message = "timed out", "no answer to the SYN"
         except OSError as error:
             verdict = "refused" if error.errno in _REFUSED else "error"
             message = error.strerror or str(error)
-        seconds = time.monotonic() - started
+        seconds = seconds or time.monotonic() - started
         mark = connection.getsockopt(socket.SOL_SOCKET, socket.SO_MARK)
     return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark}
+
+
+def _denied(connection: socket.socket) -> bool:
+    """Whether the enforcer's responder has taken this connection; servers of TLS and of anything else say no 403."""
+    connection.settimeout(2)
+    connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+    try:
+        return connection.recv(4096).startswith(b"HTTP/1.1 403 ")
+    except TimeoutError:
+        return False
 
 
 def resolve(name: str, family: int = 0) -> list[str]:

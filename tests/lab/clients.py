@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from tests.lab.internet import CLIENT_IMAGE, REPOSITORY, Internet
 from tests.lab.lab import DOCKER_BRIDGE, DOCKER_NET6, Lab, Outcome, accepts, poll
@@ -15,7 +16,8 @@ CLIENT_DEADLINE = 40.0  # podman tries three times
 
 # What clients print when a connection was refused to their face: reset, ICMP, TLS alert, HTTP 403.
 _REFUSALS = re.compile(
-    r"connection refused|connection reset|no route to host|host is unreachable|access denied|403 forbidden|denied:"
+    r"connection refused|connection reset|no route to host|host is unreachable|access denied|403 \(?forbidden|denied:"
+    r'|"DENIED"'
     r"|could not connect to server|failed to connect|can't connect to remote host",
     re.IGNORECASE,
 )
@@ -82,8 +84,14 @@ class Clients:
         return self._try(["curl", "--silent", "--show-error", "--fail", "--max-time", "10", url])
 
     def in_container(self, network: str, name: str, port: int) -> Outcome:
-        """A TCP connection by busybox in a docker container on the network "bridge", "host" or one of `network`."""
-        return self.run_in_container(network, ["nc", "-w", "10", name, str(port)])
+        """A request by busybox in a docker container on the network "bridge", "host" or one of `network`.
+
+        Over plain HTTP, which TLS servers answer with 400.
+        """
+        # nc closes at once where its input ends, and the answer is lost.
+        request = f"(printf 'GET / HTTP/1.0\\r\\n\\r\\n'; sleep 0.2) | nc -w 10 {name} {port}"
+        outcome = self.run_in_container(network, ["sh", "-c", request])
+        return replace(outcome, verdict="refused") if _REFUSALS.search(outcome.message) else outcome
 
     def run_in_container(self, network: str, argv: Sequence[str]) -> Outcome:
         """Any busybox command in such a container."""
