@@ -36,7 +36,7 @@ def answer(*addresses: str, ttl_seconds: int = 60) -> DnsAnswer:
 def classify(address: Address) -> RangeClass | None:
     if address.is_loopback:
         return RangeClass.NEVER
-    return RangeClass.PRIVATE if address in {ip_address("10.1.1.1")} else None
+    return RangeClass.PRIVATE if address == ip_address("10.1.1.1") else None
 
 
 def rule(kind: RuleKind, *ports: int) -> Rule:
