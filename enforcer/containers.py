@@ -265,8 +265,10 @@ def _read_roots(path: Path) -> str:
     """The same for a file that only root could have written."""
     try:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_uid != 0:
+            status = os.fstat(file.fileno())
+            if status.st_uid != 0:
                 return ""
-            return file.read(_REPLY_BYTES).decode(errors="replace")
+            # Not the bound itself: a read takes that much memory first, and the heap keeps it.
+            return file.read(min(status.st_size, _REPLY_BYTES)).decode(errors="replace")
     except OSError:
         return ""
