@@ -9,9 +9,10 @@ from __future__ import annotations
 import collections
 import enum
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from enforcer.attribution import MAX_TEXT, Container
 from enforcer.kernel_abi import MarkedScope, Protocol
@@ -145,6 +146,45 @@ def as_json(record: AuditRecord) -> dict[str, object]:
 def as_line(record: AuditRecord) -> str:
     """One line without its end; ASCII, so that no text in it can begin another or move a terminal's cursor."""
     return json.dumps(as_json(record), separators=(",", ":"))
+
+
+def as_sentence(record: Mapping[str, Any]) -> str:
+    """The object of a line in words, for a terminal: one line, no control characters."""
+    when = str(record["time"])
+    if record["destination"] is None:
+        return _printable(f"{when} {record['kind']}: {record['detail']}")
+    destination = record["destination"]
+    where = f"{destination['address']} port {destination['port']}/{record['protocol']}"
+    said = f"{when} {record['kind']} {record['name'] or where}"
+    if record["name"]:
+        said += f" ({where})"
+    said += f": {record['reason']}, from {_who(record)}"
+    if record["reference"]:
+        said += f", reference {record['reference']}"
+    if record["count"] > 1:
+        said += f", {record['count']} times"
+    return _printable(said)
+
+
+def _who(record: Mapping[str, Any]) -> str:
+    container, process = record["container"], record["process"]
+    parts = []
+    if container:
+        names = [str(container[key]) for key in ("image", "pod") if container[key]]
+        known = f" ({', '.join(names)})" if names else ""
+        parts.append(f"{container['runtime'] or 'a'} container {container['name'] or container['id'][:12]}{known}")
+    elif record["origin"] == Origin.CONTAINER.value:
+        parts.append("a container")
+    elif record["origin"] == Origin.HOST.value:
+        parts.append("the host")
+    if process and (process["exe"] or process["comm"]):
+        user = "" if process["uid"] is None else f" of uid {process['uid']}"
+        parts.append(f"{process['exe'] or process['comm']}{user}")
+    return ", ".join(parts) or str(record["source"]["address"])
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _time(at: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from enforcer.kernel_abi import Protocol, decode_connect, pack_connect_key
 from enforcer.policy import Address, Reason
 from enforcer.ruleset import CountedScope
 
+REPORT_SECONDS = 0.5  # how long an answer waits for the packet's report, which the kernel holds back for 10 ms
 NAME_SECONDS = 2.0  # how long a record waits for the name that the responder hears
 LOOKUP_PAUSE_SECONDS = 0.25  # between two questions to the engines
 LOOKUP_DEADLINE_SECONDS = 5.0
@@ -66,6 +68,7 @@ class Auditor:
         self._directory = containers.Containers()
         self._folding = Folding()
         self._pending: dict[Flow, _Attempt] = {}
+        self._early: dict[Flow, tuple[Refusal, float]] = {}  # answers without a report, and when they are written so
         self._written: collections.OrderedDict[Flow, AuditRecord] = collections.OrderedDict()
         self._wake = asyncio.Event()
 
@@ -81,7 +84,8 @@ class Auditor:
             process, container = self._who(report)
             named_later = self.responding and report.protocol is Protocol.TCP and report.kind is Kind.REFUSED
             expires_at = time.monotonic() + (NAME_SECONDS if named_later else 0)
-            self._pending[report.flow] = _Attempt(report, process, container, expires_at)
+            refusal, _ = self._early.pop(report.flow, (None, 0.0))
+            self._pending[report.flow] = _Attempt(report, process, container, expires_at, refusal)
             self._wake.set()
 
     def answered(self, refusal: Refusal) -> None:
@@ -94,17 +98,11 @@ class Auditor:
         elif flow in self._written:
             # Counted already: only what it was about, and the reference, was not known.
             self._write(replace(self._told(self._written[flow], refusal), count=0))
+        elif len(self._early) < PENDING_ATTEMPTS:
+            self._early[flow] = refusal, time.monotonic() + REPORT_SECONDS
+            self._wake.set()
         else:
-            scope = refusal.scope or CountedScope.UNKNOWN
-            record = AuditRecord(
-                at=refusal.at,
-                kind=Kind.REFUSED,
-                scope=scope,
-                protocol=refusal.protocol,
-                source=refusal.source,
-                destination=refusal.destination,
-            )
-            self._write(self._told(record, refusal))
+            self.unrecorded += 1
 
     def disagreed(self, detail: str) -> None:
         """BPF and the full parser did not agree about a DNS answer."""
@@ -119,6 +117,7 @@ class Auditor:
         """Write what is known well enough, until cancelled; then what is left."""
         try:
             while True:
+                self._write_early(time.monotonic())
                 ready = self._ready()
                 if ready:
                     started = time.monotonic()
@@ -126,8 +125,9 @@ class Auditor:
                     await asyncio.sleep(max(0, started + LOOKUP_PAUSE_SECONDS - time.monotonic()))
                     continue
                 self._wake.clear()
-                soonest = min((attempt.expires_at for attempt in self._pending.values()), default=None)
-                timeout = None if soonest is None else max(0, soonest - time.monotonic())
+                ends = [attempt.expires_at for attempt in self._pending.values()]
+                ends += [expires_at for _, expires_at in self._early.values()]
+                timeout = max(0, min(ends) - time.monotonic()) if ends else None
                 try:
                     async with asyncio.timeout(timeout):
                         await self._wake.wait()
@@ -136,11 +136,27 @@ class Auditor:
         finally:
             for attempt in self._pending.values():
                 self._finish(attempt, {}, {})
+            self._write_early(math.inf)
             self._emit(self._folding.rest())
 
     def housekeeping(self) -> None:
         """Write the counts of repeats whose window is over; call it every second or so."""
         self._emit(self._folding.due(time.monotonic()))
+
+    def _write_early(self, now: float) -> None:
+        """Answers to connections of which the kernel reported no packet: it cannot, or the report was lost."""
+        for flow, (refusal, expires_at) in list(self._early.items()):
+            if expires_at <= now:
+                del self._early[flow]
+                record = AuditRecord(
+                    at=refusal.at,
+                    kind=Kind.REFUSED,
+                    scope=refusal.scope or CountedScope.UNKNOWN,
+                    protocol=refusal.protocol,
+                    source=refusal.source,
+                    destination=refusal.destination,
+                )
+                self._write(self._told(record, refusal))
 
     def _ready(self) -> list[Flow]:
         now = time.monotonic()

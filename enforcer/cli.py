@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from enforcer import __version__, advice, bpf, control, daemon, doctor, metrics, policy, procfs
+from enforcer import __version__, advice, audit_record, auditing, bpf, control, daemon, doctor, metrics, policy, procfs
 
 EXIT_OK = 0
 EXIT_NO = 1
@@ -28,6 +29,7 @@ DEFAULT_POLICY = Path("/etc/registry-enforcer/policy.toml")
 DEFAULT_RUN_DIR = Path("/run/registry-enforcer")
 DEFAULT_STATE_DIR = Path("/var/lib/registry-enforcer")
 DEFAULT_METRICS = "127.0.0.1:9742"
+FOLLOW_SECONDS = 0.5
 
 
 class UsageError(Exception):
@@ -76,6 +78,12 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subject", metavar="NAME-or-ADDRESS[:PORT]")
     _add_policy(parser)
     _add_json(parser)
+
+
+def _log_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--number", "-n", type=int, default=20, metavar="N", help="how many; default 20, at most 200")
+    parser.add_argument("--follow", "-f", action="store_true", help="show what comes, too, until interrupted")
+    parser.add_argument("--json", action="store_true", help="print the lines of the audit log themselves")
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,7 +199,27 @@ def _explain(arguments: argparse.Namespace) -> int:
         print(explanation["sentence"])
         for step in explanation["next_steps"]:
             print(f"  {step}")
+        for record in explanation.get("last_refusals", []):
+            print(audit_record.as_sentence(record))
     return EXIT_OK if explanation["allowed"] else EXIT_NO
+
+
+def _log(arguments: argparse.Namespace) -> int:
+    request = {"command": "log", "after": 0, "limit": arguments.number}
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            reply = control.request(arguments.run_dir, request)
+            if reply["last"] < request["after"]:
+                request["after"] = 0  # another daemon, which counts from the beginning
+                continue
+            for record in reply["records"]:
+                line = json.dumps(record, separators=(",", ":")) if arguments.json else audit_record.as_sentence(record)
+                print(line, flush=True)
+            if not arguments.follow:
+                break
+            request |= {"after": reply["last"], "limit": auditing.RECORDS_A_REPLY}
+            time.sleep(FOLLOW_SECONDS)
+    return EXIT_OK
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -255,6 +283,13 @@ COMMANDS = (
         "registry-enforcer explain ghcr.io:443",
         _explain_arguments,
         _explain,
+    ),
+    Command(
+        "log",
+        "show who was refused what, the last ones or what comes",
+        "registry-enforcer log --follow",
+        _log_arguments,
+        _log,
     ),
     Command(
         "doctor",

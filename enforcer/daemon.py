@@ -21,7 +21,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,25 @@ from enforcer import (
     __version__,
     advice,
     attribution,
+    auditing,
     bpf,
+    conntrack,
     control,
     dns_answer,
     kernel_abi,
     metrics,
     netlink,
+    nflog,
     nft,
     procfs,
     resolver,
     responder,
+    revocation,
     ruleset,
     state,
     topology,
 )
+from enforcer.audit import AuditLog
 from enforcer.bpf import Loader
 from enforcer.denial import Refusal
 from enforcer.kernel_abi import DnsEvent, MarkedScope, Outcome, Protocol, RangeClass
@@ -153,6 +158,7 @@ class Enforcement:
         kernel: bpf.KernelState,
         links: netlink.Netlink,
         cgroup: Path | None,
+        audit_log: AuditLog,
     ) -> None:
         self.options = options
         self.policy = policy
@@ -162,6 +168,10 @@ class Enforcement:
         self.plan: topology.AttachmentPlan | None = None
         self.ask_again = asyncio.Event()  # set: the policy or the resolvers changed, ask for every exact name now
         self.metrics = metrics.Metrics(self._snapshot_for_scrape)
+        self.auditor = auditing.Auditor(audit_log, kernel, cgroup, self._known_name)
+        self.reports: nflog.RefusalReader | None = None  # None: the kernel reports no refused packets
+        self._audit_log = audit_log
+        self._revoked: set[Destination] | None = None  # None: the table is not this daemon's yet
         self._firewall = firewall
         self._capabilities = capabilities
         self._kernel = kernel
@@ -218,10 +228,13 @@ class Enforcement:
         elements = {entry.destination: entry for entry in self._longest()}
         stale = self._elements_without_reason(elements) if self._table_present else []
         assert self.plan is not None  # follow_resolvers made it
+        held = self._firewall.revoked() if self._table_present else []
+        self._revoked = {(element.address, element.port) for element in held}
         self._firewall.apply(
             ruleset.render_ruleset(self.policy, self._capabilities, self.plan.internal, self._answering())
             + self._render(Changes(tuple(elements.values()), tuple(stale)))
         )
+        self._remember_revoked(Changes(tuple(elements.values()), tuple(stale)))
         self._table_present = self._ruleset_applied = True
         self._redirects_lost = self._count_redirects_lost()
 
@@ -378,6 +391,7 @@ class Enforcement:
         """Take back whatever BPF knows and this daemon cannot account for."""
         self.metrics.disagreements.inc()
         log.warning("a DNS answer from %s taught too much (%s); withdrawn", event.resolver, why)
+        self.auditor.disagreed(f"a DNS answer from {event.resolver} taught too much ({why}); withdrawn")
         changes = self.learned.learn(accepted)
         learned = self._kernel.maps["learned"]
         orphans = [key for key, _ in list(learned.items()) if kernel_abi.unpack_learned_key(key) not in self.learned]
@@ -396,6 +410,7 @@ class Enforcement:
         if changes:
             if self._table_present:  # else start() brings everything that is held by then
                 self._firewall.apply(self._render(changes))
+                self._remember_revoked(changes)
             learned = self._kernel.maps["learned"]
             for destination in changes.withdraw:
                 learned.delete(kernel_abi.pack_learned_key(*destination))
@@ -407,7 +422,25 @@ class Enforcement:
             for entry in changes.permit
             if (seconds := int(entry.expires_at - now)) > 0
         ]
-        return ruleset.render_elements(permit, changes.withdraw)
+        text = ruleset.render_elements(permit, changes.withdraw)
+        if self._revoked is not None:
+            pardoned = (entry.destination for entry in changes.permit if entry.destination in self._revoked)
+            text += ruleset.render_revoked(changes.withdraw, pardoned)
+        return text
+
+    def _remember_revoked(self, changes: Changes) -> None:
+        if self._revoked is not None:
+            self._revoked.difference_update(entry.destination for entry in changes.permit)
+            self._revoked.update(changes.withdraw)
+
+    def _known_name(self, address: Address) -> tuple[str | None, str] | None:
+        """(name, rule) of a permission that the address has on any port."""
+        for port in {port for rule in self.policy.rules for port in rule.ports}:
+            if (address, port) in self.learned:
+                entry = self.learned.longest((address, port))
+                return entry.name, entry.rule
+        rule_name = revocation.lists_address(self.policy, address)
+        return None if rule_name is None else (None, rule_name)
 
     def _longest(self) -> Iterator[LearnedAddress]:
         """For each destination the permission that ends last."""
@@ -491,7 +524,11 @@ class Enforcement:
                 self._asking.discard(name)
 
         self._asking.add(name)
-        task = asyncio.create_task(ask())
+        self._start(ask())
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Work beside everything else; its exception is this daemon's."""
+        task = asyncio.create_task(work)
         self._asked.add(task)
         task.add_done_callback(self._finished)
 
@@ -588,6 +625,7 @@ class Enforcement:
         except PolicyError as error:
             self.metrics.reloads.labels("bad_policy").inc()
             log.error("%s: the policy in force stays", error)
+            self.auditor.policy_changed(f"{error}: the policy in force stays")
             return
         index = NameIndex(policy)
         before, after = name_map(self.policy), name_map(policy)
@@ -616,19 +654,40 @@ class Enforcement:
             names.update_many((key, before[key]) for key in narrowed)
             self.metrics.reloads.labels("failed").inc()
             log.error("the kernel refused the new ruleset, the policy in force stays: %s", error)
+            self.auditor.policy_changed("the kernel refused the new ruleset, the policy in force stays")
             return
         learned = self._kernel.maps["learned"]
         for destination in changes.withdraw:
             learned.delete(kernel_abi.pack_learned_key(*destination))
-        self.policy, self.index, self.learned = policy, index, kept
+        before_it, self.policy, self.index, self.learned = self.policy, policy, index, kept
+        self._remember_revoked(changes)
+        if revocation.narrows(before_it, policy):
+            self._start(self._judge_connections_again(before_it))
         names.update_many((key, value) for key, value in after.items() if before.get(key) != value)
+        self._audit_log.follow_policy(policy.audit_file)
         self.follow_resolvers()
         self.ask_again.set()
         self.metrics.reloads.labels("ok").inc()
-        log.info("policy %s (%s) is in force, mode %s", policy.source, policy.digest[:12], policy.mode.value)
+        in_force = f"policy {policy.source} ({policy.digest[:12]}) is in force, mode {policy.mode.value}"
+        log.info("%s", in_force)
+        self.auditor.policy_changed(in_force)
+
+    async def _judge_connections_again(self, before: Policy) -> None:
+        """Have the rules look at connections that `before` let through without a learned address."""
+        try:
+            connected = await asyncio.to_thread(conntrack.tcp_destinations)
+        except OSError as error:
+            log.warning("the kernel does not tell its connections (%s): those that are open stay open", error)
+            return
+        again = revocation.to_judge_again(before, self.policy, self.learned, connected)
+        if again and self._revoked is not None:
+            self._firewall.apply(ruleset.render_revoked(again))
+            self._revoked.update(again)
+            log.info("connections to %d destinations are judged again", len(again))
 
     def housekeeping(self) -> None:
         """Forget what has expired; read from the kernel what its events could not carry."""
+        self.auditor.housekeeping()
         now = self._kernel.now_ns() / NANOSECONDS
         learned = self._kernel.maps["learned"]
         for destination in self.learned.expire(now):
@@ -649,10 +708,12 @@ class Enforcement:
     def answer_refused(self, listener: responder.Responder) -> None:
         """Have refused connections answered by `listener`, once the ruleset is applied."""
         self._responder = listener
+        self.auditor.responding = True
 
     def refused(self, refusal: Refusal) -> None:
         """The responder has answered."""
         self.metrics.refusals_answered.labels(refusal.answered.value).inc()
+        self.auditor.answered(refusal)
 
     def _answering(self) -> ruleset.Responder | None:
         """What the ruleset has to know of the responder; None without one."""
@@ -715,9 +776,12 @@ class Enforcement:
                 subject = request.get("subject")
                 if not isinstance(subject, str):
                     raise ValueError("explain takes a subject: a name or an address, with or without :PORT")
-                return explain_by_policy(self.policy, subject, self.learned)
+                refusals = self.auditor.last_refusals(subject)
+                return explain_by_policy(self.policy, subject, self.learned) | {"last_refusals": refusals}
+            case "log":
+                return self.auditor.answer_log(request)
             case other:
-                raise ValueError(f"unknown command {other!r}; this daemon knows status and explain")
+                raise ValueError(f"unknown command {other!r}; this daemon knows status, explain and log")
 
     def status(self) -> dict[str, Any]:
         """Everything an operator asks first. Times are Unix seconds."""
@@ -797,6 +861,7 @@ class Enforcement:
             refused=_refusals(counters, Mode.ENFORCE),
             observed=_refusals(counters, Mode.OBSERVE),
             events_lost=self._lost(),
+            audit_dropped=self.auditor.dropped(self.reports.lost if self.reports else 0),
         )
 
     def _snapshot_for_scrape(self) -> metrics.Snapshot:
@@ -860,6 +925,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
         for program, why in report.refused.items():
             log.warning("this kernel does not take the BPF program %s: %s", program, why)
         links = stack.enter_context(netlink.Netlink())
+        audit_log = stack.enter_context(AuditLog(policy.audit_file))
         enforcement = Enforcement(
             options,
             policy,
@@ -868,6 +934,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             kernel=kernel,
             links=links,
             cgroup=cgroup,
+            audit_log=audit_log,
         )
         if ruleset.Feature.REDIRECT in capabilities.features:
             answering = responder.Responder(lambda: (enforcement.policy, enforcement.index), enforcement.refused)
@@ -880,6 +947,16 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
 
         ended: asyncio.Future[None] = loop.create_future()
         _end_on_failure(loop, ended)
+        if ruleset.Feature.AUDIT in capabilities.features:
+            try:
+                enforcement.reports = stack.enter_context(nflog.RefusalReader(enforcement.auditor.refused_packets))
+            except nflog.NflogError as error:
+                log.warning("refused packets are counted and not audited: %s", error)
+        else:
+            log.warning(
+                "refused packets are logged by the kernel, a few a second, and not audited: it lacks %s",
+                ruleset.Feature.AUDIT.kernel_option,
+            )
         loop.add_reader(reader.fileno(), enforcement.take_events, reader)
         stack.callback(loop.remove_reader, reader.fileno())
         if cgroup is not None:
@@ -899,6 +976,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
                 tasks = [
                     group.create_task(enforcement.keep_asking()),
                     group.create_task(enforcement.follow_links()),
+                    group.create_task(enforcement.auditor.run()),
                     group.create_task(_every(HOUSEKEEPING_SECONDS, enforcement.housekeeping)),
                     group.create_task(_every(SAVE_SECONDS, enforcement.save)),
                 ]

@@ -39,6 +39,7 @@ class Snapshot:
     refused: Mapping[tuple[str, str], int]  # by (scope, protocol)
     observed: Mapping[tuple[str, str], int]  # the same in observe mode: what enforcement would have refused
     events_lost: int
+    audit_dropped: Mapping[str, int]  # by where they got lost
 
 
 class Metrics(Collector):
@@ -121,6 +122,14 @@ class Metrics(Collector):
             "Learning packets whose copy did not reach the daemon; it reads what they taught from the kernel instead.",
             now.events_lost,
         )
+        dropped = CounterMetricFamily(
+            "enforcer_audit_dropped",
+            "Refusals that no line of the audit log tells of, by where they got lost.",
+            labels=["where"],
+        )
+        for where, count in now.audit_dropped.items():
+            dropped.add_metric([where], count)
+        yield dropped
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ file, the line, what is wrong and what to write instead.
     [refusal]
     message = "{organization} does not allow {name}; ask {contact} and give reference {reference}"
     ca = { certificate = "/etc/registry-enforcer/ca.crt", key = "/etc/registry-enforcer/ca.key" }  # says it over TLS
+    [audit]
+    file = "/var/log/registry-enforcer/audit.jsonl"  # beside standard output
 
 Everything is optional, and what is not allowed is refused: a policy without rules refuses every registry.
 """
@@ -166,6 +168,7 @@ class Policy:
     source: str  # the file's path, or "the built-in default"
     digest: str  # SHA-256 of the text, hex
     refusal: RefusalText = RefusalText()
+    audit_file: Path | None = None  # beside standard output
 
 
 class Reason(enum.Enum):
@@ -219,7 +222,7 @@ RULE_PORTS: tuple[int, ...] = (443,)
 
 _DEFAULT = 'presets = ["docker-hub"]\n'
 _TOP_KEYS = ("organization", "contact", "mode", "ports", "presets", "preset", "scope", "registry", "destination",
-             "resolvers", "refusal")  # fmt: skip
+             "resolvers", "refusal", "audit")  # fmt: skip
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 # Underscores are no host name's (RFC 952), but occur in DNS names that engines do ask for.
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
@@ -362,6 +365,7 @@ def _policy(document: Table, source: str, digest: str, wsl: bool) -> Policy:
         source=source,
         digest=digest,
         refusal=_read(table, "refusal", _refusal, RefusalText()),
+        audit_file=_read(table, "audit", _audit_file, None),
     )
 
 
@@ -552,6 +556,11 @@ def _authority_files(value: object) -> AuthorityFiles:
         key=_require(table, "key", _absolute_path, '"/etc/registry-enforcer/ca.key"'),
         line=1,
     )
+
+
+def _audit_file(value: object) -> Path | None:
+    path = _read(_table(value, "file"), "file", _absolute_path, None)
+    return None if path is None else Path(path)
 
 
 def _absolute_path(value: object) -> str:

@@ -492,6 +492,16 @@ def test_packet_and_answer_make_one_record() -> None:
     assert record["count"] == 1
 
 
+def test_answer_may_come_before_the_report_of_its_packet() -> None:
+    (record,) = audited((0, REFUSAL), (0.1, REPORT))
+    assert (record["name"], record["scope"], record["reference"], record["count"]) == (
+        "evil.test",
+        "engine",
+        "K7QX2M",
+        1,
+    )
+
+
 def test_without_an_answer_there_is_a_record_all_the_same() -> None:
     (record,) = audited((0, REPORT))
     assert (record["name"], record["reference"], record["reason"]) == (None, None, "unlisted-address")

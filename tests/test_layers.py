@@ -15,11 +15,11 @@ PACKAGE = Path(__file__).parent.parent / "enforcer"
 
 CORE = {
     *("kernel_abi", "toml_lines", "policy", "dns_answer", "learned", "ruleset", "advice", "topology", "attribution"),
-    *("denial", "audit_record"),
+    *("denial", "audit_record", "revocation"),
 }
 SHELL = {
     *("bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver", "state"),
-    *("audit", "containers", "nflog", "responder"),
+    *("audit", "conntrack", "containers", "nflog", "responder", "authority"),
 }
 TOP = {
     "daemon",
@@ -53,6 +53,7 @@ OWNED_IMPORTS = {
     "bcc": {"bpf_loader"},  # 76 MB: only in the child process that ends
     "nftables": {"nft"},
     "prometheus_client": {"metrics"},
+    "cryptography": {"authority"},
 }
 PRINTERS = {"cli", "bpf_loader", "kernel_abi"}  # to the operator; to the parent process; bpf/shared.h
 CORE_CALLS_REFUSED = {"open", "input", "exec", "eval", "__import__", "now", "today", "utcnow"}
