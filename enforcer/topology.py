@@ -105,7 +105,7 @@ def plan_attachments(
         else:
             learn.add(reached_through.interface.index)
 
-    # A port's packets come by its master, but pass nftables' prerouting before that with br_netfilter (docker loads it).
+    # A port's packets come by its master, but with br_netfilter, which docker loads, pass prerouting before.
     gate = {
         index
         for index, interface in by_index.items()
