@@ -124,6 +124,7 @@ def _read_policy(path: Path | None) -> policy.Policy:
 
 def _check(arguments: argparse.Namespace) -> int:
     checked = _read_policy(arguments.file)
+    daemon.open_authority(checked)  # a PolicyError if its files are no CA
     facts = daemon.policy_facts(checked)
     if arguments.json:
         _print_json(facts)
@@ -250,6 +251,71 @@ def _remove(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _ca_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["init"], help="make one; nothing is overwritten")
+    parser.add_argument(
+        "--directory", type=Path, default=DEFAULT_POLICY.parent, metavar="DIR", help=f"default: {DEFAULT_POLICY.parent}"
+    )
+    parser.add_argument(
+        "--only", type=_host_pattern, action="append", default=[], metavar="NAME",
+        help="sign for NAME and what is below it, and for no other name; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--days", type=_days, metavar="N", help="how long it is valid; default 365, at most 825")
+    _add_policy(parser)
+
+
+def _host_pattern(text: str) -> policy.HostPattern:
+    try:
+        return policy.host_pattern(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _days(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 825:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of days from 1 to 825")
+    return int(text)
+
+
+_TRUST = """\
+made {certificate}
+ and {key}, which its owner alone can read. Keep it on this host: make one on every other.
+It can sign for {signs}.
+It never can for what the policy allows now; make it anew when the policy allows more.
+
+Have the programs of this host trust it:
+  Debian, Ubuntu    cp {certificate} /usr/local/share/ca-certificates/ && update-ca-certificates
+  Fedora, RHEL      cp {certificate} /etc/pki/ca-trust/source/anchors/ && update-ca-trust
+  then              systemctl restart docker containerd   (podman, buildah, skopeo and ctr read it at every start)
+or an engine alone, for one registry each:
+  docker            /etc/docker/certs.d/REGISTRY/refusal-ca.crt
+  podman, skopeo    /etc/containers/certs.d/REGISTRY/refusal-ca.crt
+  containerd        ca = "{certificate}" in /etc/containerd/certs.d/REGISTRY/hosts.toml
+
+Then add to the policy, and reload it:
+  [refusal]
+  ca = {{ certificate = "{certificate}", key = "{key}" }}"""
+
+
+def _ca(arguments: argparse.Namespace) -> int:
+    from enforcer import authority  # noqa: PLC0415 - its library is slow to load, and no other command needs it
+
+    constrained = _read_policy(arguments.policy)
+    try:
+        files = authority.create(
+            arguments.directory,
+            constrained.organization,
+            (host for rule in constrained.rules for host in rule.hosts),
+            only=arguments.only,
+            days=arguments.days or authority.CA_DAYS,
+        )
+    except authority.AuthorityError as error:
+        raise UsageError(str(error)) from None
+    signs = ", ".join(sorted({pattern.name for pattern in arguments.only})) or "every other name, but for no address"
+    print(_TRUST.format(certificate=files.certificate, key=files.key, signs=signs))
+    return EXIT_OK
+
+
 def _remove_arguments(parser: argparse.ArgumentParser) -> None:
     _add_places(parser)
     _add_json(parser)
@@ -297,6 +363,13 @@ COMMANDS = (
         "registry-enforcer doctor",
         _doctor_arguments,
         _doctor,
+    ),
+    Command(
+        "ca",
+        "make a CA that lets TLS clients read why they are refused, and say how to trust it",
+        "registry-enforcer ca init",
+        _ca_arguments,
+        _ca,
     ),
     Command(
         "remove",

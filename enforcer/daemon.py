@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from enforcer import (
     __version__,
@@ -63,6 +63,9 @@ from enforcer.policy import (
     name_permissions,
     pattern_id,
 )
+
+if TYPE_CHECKING:
+    from enforcer.authority import Authority
 
 log = logging.getLogger("registry-enforcer")
 
@@ -132,6 +135,18 @@ def explain_by_policy(policy: Policy, text: str, learned: Iterable[LearnedAddres
         "sentence": explanation.sentence,
         "next_steps": list(explanation.next_steps),
     }
+
+
+def open_authority(policy: Policy) -> Authority | None:
+    """The CA that the policy names, read and checked; PolicyError if it cannot be used, None if there is none."""
+    if policy.refusal.ca is None:
+        return None
+    from enforcer import authority  # noqa: PLC0415 - its library costs 15 MB, which only those pay who have a CA
+
+    try:
+        return authority.Authority(policy.refusal.ca)
+    except authority.AuthorityError as error:
+        raise PolicyError(policy.source, policy.refusal.ca.line, error.problem, error.advice) from None
 
 
 # --- the running daemon ----------------------------------------------------------------------------------------------
@@ -622,6 +637,7 @@ class Enforcement:
         """Enforce the policy as it is written now. A bad policy, or a kernel that refuses it, leaves the old one."""
         try:
             policy = read_policy()
+            authority = open_authority(policy)
         except PolicyError as error:
             self.metrics.reloads.labels("bad_policy").inc()
             log.error("%s: the policy in force stays", error)
@@ -664,6 +680,8 @@ class Enforcement:
         if revocation.narrows(before_it, policy):
             self._start(self._judge_connections_again(before_it))
         names.update_many((key, value) for key, value in after.items() if before.get(key) != value)
+        if self._responder is not None:
+            self._responder.contexts = authority.context if authority else None
         self._audit_log.follow_policy(policy.audit_file)
         self.follow_resolvers()
         self.ask_again.set()
@@ -897,6 +915,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
     Raises PolicyError, AlreadyRunningError, MetricsError or UnsupportedHostError before anything has been changed.
     """
     policy = read_policy()
+    authority = open_authority(policy)
     loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
         stack.enter_context(control.hold(options.run_dir))
@@ -938,6 +957,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
         )
         if ruleset.Feature.REDIRECT in capabilities.features:
             answering = responder.Responder(lambda: (enforcement.policy, enforcement.index), enforcement.refused)
+            answering.contexts = authority.context if authority else None
             try:
                 enforcement.answer_refused(stack.enter_context(answering))
             except OSError as error:

@@ -134,3 +134,28 @@ def test_what_changes_the_kernel_wants_root(command: str, tmp_path: Path) -> Non
         check=False,
     )
     assert (done.returncode, "needs root" in done.stderr) == (2, True)
+
+
+# --- ca --------------------------------------------------------------------------------------------------------------
+def test_ca_that_init_makes_is_one_that_check_accepts(
+    policy_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init = ("ca", "init", "--directory", str(tmp_path), "--policy", str(policy_file))
+    code, output, _ = run(*init, capsys=capsys)
+    assert code == 0
+    lines = output[output.index("[refusal]") :]
+    policy_file.write_text(POLICY + lines)
+    assert run("check", str(policy_file), capsys=capsys)[0] == 0
+    assert all(engine in output for engine in ("docker", "podman", "containerd", "update-ca-certificates"))
+    code, _, error = run(*init, capsys=capsys)
+    assert code == 2
+    assert "exists already; remove both files" in error
+
+
+def test_ca_that_cannot_be_used_is_a_mistake_of_its_line(policy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ca = '[refusal]\nmessage = "{name}"\nca = { certificate = "/absent.crt", key = "/absent.key" }\n'
+    policy_file.write_text(POLICY + ca)
+    code, _, error = run("check", str(policy_file), capsys=capsys)
+    line = (POLICY + ca).split("\n").index(ca.split("\n")[2]) + 1
+    assert code == 2
+    assert error.startswith(f"{policy_file}:{line}: the certificate /absent.crt cannot be read: ")
