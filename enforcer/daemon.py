@@ -681,7 +681,7 @@ class Enforcement:
             self._start(self._judge_connections_again(before_it))
         names.update_many((key, value) for key, value in after.items() if before.get(key) != value)
         if self._responder is not None:
-            self._responder.contexts = authority.context if authority else None
+            self._responder.contexts = None if authority is None else authority.context
         self._audit_log.follow_policy(policy.audit_file)
         self.follow_resolvers()
         self.ask_again.set()
@@ -957,7 +957,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
         )
         if ruleset.Feature.REDIRECT in capabilities.features:
             answering = responder.Responder(lambda: (enforcement.policy, enforcement.index), enforcement.refused)
-            answering.contexts = authority.context if authority else None
+            answering.contexts = None if authority is None else authority.context
             try:
                 enforcement.answer_refused(stack.enter_context(answering))
             except OSError as error:
