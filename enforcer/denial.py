@@ -40,6 +40,8 @@ class HttpRequest:
     method: str
     host: str | None  # as TlsHello's, without the port; None too for an address
     target: str  # as it was sent
+    authority: str | None = None  # of Host, with the port; None where `host` is
+    authorized: bool = False  # whether it carries credentials, which nobody reads
 
 
 Request = TlsHello | HttpRequest
@@ -227,6 +229,7 @@ def _read_head(data: bytes) -> HttpRequest | Undecided:
     if request is None:
         raise _Malformed
     method, target = request.groups()
+    values = [(name.lower(), value.strip()) for name, _, value in (field.partition(b":") for field in fields)]
     # RFC 9112 section 3.2: the target's authority, where it has one, is what counts, and Host is ignored.
     absolute = _AUTHORITY.match(target)
     if method == b"CONNECT":
@@ -234,10 +237,16 @@ def _read_head(data: bytes) -> HttpRequest | Undecided:
     elif absolute:
         authority = absolute[1]
     else:
-        values = (field.partition(b":")[::2] for field in fields)
-        hosts = [value.strip() for name, value in values if name.lower() == b"host"]
+        hosts = [value for name, value in values if name == b"host"]
         authority = hosts[0] if len(hosts) == 1 else b""
-    return HttpRequest(method.decode(), _host_name(_PORT.sub(b"", authority)), target.decode())
+    host = _host_name(_PORT.sub(b"", authority))
+    return HttpRequest(
+        method.decode(),
+        host,
+        target.decode(),
+        authority=authority.decode() if host else None,
+        authorized=any(name == b"authorization" for name, _ in values),
+    )
 
 
 def _host_name(wire: bytes) -> str | None:
@@ -256,16 +265,27 @@ def _host_name(wire: bytes) -> str | None:
 TLS_ALERT = bytes((21, 3, 3, 0, 2, 2, 49))
 
 
-def http_reply(request: HttpRequest, sentence: str) -> bytes:
-    """403 with the error body of the OCI distribution specification, which docker shows to its user."""
+def http_reply(request: HttpRequest, sentence: str, *, tls: bool) -> bytes:
+    """403 with the error body of the OCI distribution specification, and the sentence once more as reason phrase: docker
+    and podman show the one, BuildKit and ctr the other.
+
+    "GET /v2/", by which docker and podman find out what they talk to, is answered as by a registry that wants a token or
+    a password: of a 403 to it they show only the number, but all of what refuses the request that comes next.
+    """
     body = json.dumps({"errors": [{"code": "DENIED", "message": sentence}]}).encode() + b"\n"
-    head = (
-        "HTTP/1.1 403 Forbidden\r\n"
-        "Content-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n"
+    asks = request.target == "/v2/" and request.authority is not None and not request.authorized
+    lines = [
+        f"HTTP/1.1 401 {sentence}" if asks else f"HTTP/1.1 403 {sentence}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
         # Without it docker takes this for a registry of the old kind and asks again in that way.
-        "Docker-Distribution-Api-Version: registry/2.0\r\n"
-        "Cache-Control: no-store\r\n"
-        "Connection: close\r\n\r\n"
-    ).encode()
+        "Docker-Distribution-Api-Version: registry/2.0",
+        "Cache-Control: no-store",
+        "Connection: close",
+    ]
+    if asks:
+        # podman takes the first and then asks for the manifest, docker prefers the token, whose refusal it shows.
+        realm = f"{'https' if tls else 'http'}://{request.authority}/token"
+        lines += ['WWW-Authenticate: Basic realm="refused"', f'WWW-Authenticate: Bearer realm="{realm}"']
+    head = ("\r\n".join(lines) + "\r\n\r\n").encode()
     return head if request.method == "HEAD" else head + body

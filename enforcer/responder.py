@@ -246,7 +246,8 @@ class _Client:
                 self._give_up()
             case HttpRequest() as request:
                 self._answered = True
-                self._say(http_reply(request, self._responder.refuse(self, request.host, Answered.HTTP)))
+                sentence = self._responder.refuse(self, request.host, Answered.HTTP)
+                self._say(http_reply(request, sentence, tls=False))
             case TlsHello(server_name):
                 if self._responder.contexts is None:
                     self._alert(server_name)
@@ -285,8 +286,8 @@ class _Client:
             case HttpRequest() as request:
                 self._answered = True
                 name = self._tls.server_name or request.host
-                reply = http_reply(request, self._responder.refuse(self, name, Answered.TLS_HTTP))
-                self._say(self._tls.close_with(reply))
+                sentence = self._responder.refuse(self, name, Answered.TLS_HTTP)
+                self._say(self._tls.close_with(http_reply(request, sentence, tls=True)))
             case Undecided.NEED_MORE:
                 pass
             case _:

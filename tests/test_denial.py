@@ -121,23 +121,26 @@ def test_hello_whose_lengths_lie_is_not_recognised() -> None:
 @pytest.mark.parametrize(
     ("head", "expected"),
     [
-        ("GET /v2/ HTTP/1.1\r\nHost: a.example:5000\r\n\r\n", HttpRequest("GET", "a.example", "/v2/")),
-        ("HEAD /v2/x HTTP/1.1\r\nAccept: */*\r\nhost:\tA.Example \r\n\r\n", HttpRequest("HEAD", "a.example", "/v2/x")),
-        ("GET / HTTP/1.0\n\n", HttpRequest("GET", None, "/")),
+        ("GET /v2/ HTTP/1.1\r\nHost: a.example:5000\r\n\r\n", ("GET", "a.example", "/v2/")),
+        ("HEAD /v2/x HTTP/1.1\r\nAccept: */*\r\nhost:\tA.Example \r\n\r\n", ("HEAD", "a.example", "/v2/x")),
+        ("GET / HTTP/1.0\n\n", ("GET", None, "/")),
         (
             "GET http://b.example:80/v2/ HTTP/1.1\r\nHost: a.example\r\n\r\n",
-            HttpRequest("GET", "b.example", "http://b.example:80/v2/"),
+            ("GET", "b.example", "http://b.example:80/v2/"),
         ),
-        ("CONNECT a.example:443 HTTP/1.1\r\n\r\n", HttpRequest("CONNECT", "a.example", "a.example:443")),
-        ("GET / HTTP/1.1\r\nHost: a.example\r\nHost: b.example\r\n\r\n", HttpRequest("GET", None, "/")),
-        ("GET / HTTP/1.1\r\nHost: 198.51.100.7\r\n\r\n", HttpRequest("GET", None, "/")),
-        ("GET / HTTP/1.1\r\nHost: [2001:db8::1]:5000\r\n\r\n", HttpRequest("GET", None, "/")),
-        ("GET / HTTP/1.1\r\nHost: a\x1b[2J\r\n\r\n", HttpRequest("GET", None, "/")),
-        ("POST /x HTTP/1.1\r\nHost: a.example\r\n\r\nbody", HttpRequest("POST", "a.example", "/x")),
+        ("CONNECT a.example:443 HTTP/1.1\r\n\r\n", ("CONNECT", "a.example", "a.example:443")),
+        ("GET / HTTP/1.1\r\nHost: a.example\r\nHost: b.example\r\n\r\n", ("GET", None, "/")),
+        ("GET / HTTP/1.1\r\nHost: 198.51.100.7\r\n\r\n", ("GET", None, "/")),
+        ("GET / HTTP/1.1\r\nHost: [2001:db8::1]:5000\r\n\r\n", ("GET", None, "/")),
+        ("GET / HTTP/1.1\r\nHost: a\x1b[2J\r\n\r\n", ("GET", None, "/")),
+        ("POST /x HTTP/1.1\r\nHost: a.example\r\n\r\nbody", ("POST", "a.example", "/x")),
     ],
 )
-def test_host_of_a_request_is_read(head: str, expected: HttpRequest) -> None:
-    assert read_request(head.encode()) == expected
+def test_host_of_a_request_is_read(head: str, expected: tuple[str, str | None, str]) -> None:
+    request = read_request(head.encode())
+    assert isinstance(request, HttpRequest)
+    assert (request.method, request.host, request.target) == expected
+    assert (request.authority is None) is (request.host is None)
     end = head.find("\r\n\r\n") + 3 if "\r\n\r\n" in head else len(head) - 1
     for length in range(end):
         assert read_request(head[:length].encode()) is Undecided.NEED_MORE
@@ -235,9 +238,33 @@ def test_policys_own_words_replace_the_programs() -> None:
     assert said == "{evil.example} 198.51.100.7:443 Example Corp platform@example.com K7Q2M9XD"
 
 
+def asked(head: str) -> HttpRequest:
+    request = read_request(head.encode())
+    assert isinstance(request, HttpRequest)
+    return request
+
+
 def test_reply_is_the_oci_error_and_has_no_body_for_head() -> None:
-    head, _, body = http_reply(HttpRequest("GET", None, "/"), 'a "quoted" é').partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\n")
+    request = asked("GET /v2/a/manifests/1 HTTP/1.1\r\nHost: a.example\r\n\r\n")
+    sentence = 'a "quoted" é'
+    head, _, body = http_reply(request, sentence, tls=False).partition(b"\r\n\r\n")
+    # ctr and BuildKit show the reason phrase, docker and podman the message.
+    assert head.startswith(f"HTTP/1.1 403 {sentence}\r\nContent-Type: application/json\r\n".encode())
     assert f"Content-Length: {len(body)}".encode() in head
-    assert json.loads(body) == {"errors": [{"code": "DENIED", "message": 'a "quoted" é'}]}
-    assert http_reply(HttpRequest("HEAD", None, "/"), 'a "quoted" é') == head + b"\r\n\r\n"
+    assert json.loads(body) == {"errors": [{"code": "DENIED", "message": sentence}]}
+    assert http_reply(replace(request, method="HEAD"), sentence, tls=False) == head + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize(("tls", "scheme"), [(False, "http"), (True, "https")])
+def test_ping_is_asked_for_credentials_once_so_that_the_next_refusal_is_shown(tls: bool, scheme: str) -> None:
+    ping = asked("GET /v2/ HTTP/1.1\r\nHost: a.example:5000\r\n\r\n")
+    reply = http_reply(ping, "no", tls=tls).decode()
+    assert reply.startswith("HTTP/1.1 401 no\r\n")
+    basic, bearer = (line for line in reply.splitlines() if line.startswith("WWW-Authenticate: "))
+    assert basic.startswith("WWW-Authenticate: Basic ")  # podman takes the first
+    assert bearer == f'WWW-Authenticate: Bearer realm="{scheme}://a.example:5000/token"'
+    with_password = asked("GET /v2/ HTTP/1.1\r\nHost: a.example\r\nAUTHORIZATION: Basic eDp5\r\n\r\n")
+    without_host = asked("GET /v2/ HTTP/1.1\r\nHost: 198.51.100.7\r\n\r\n")
+    for request in (with_password, without_host, asked("GET /token HTTP/1.1\r\nHost: a.example\r\n\r\n")):
+        assert http_reply(request, "no", tls=tls).startswith(b"HTTP/1.1 403 no\r\n")
+        assert b"WWW-Authenticate" not in http_reply(request, "no", tls=tls)

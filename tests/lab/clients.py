@@ -16,8 +16,8 @@ CLIENT_DEADLINE = 40.0  # podman tries three times
 
 # What clients print when a connection was refused to their face: reset, ICMP, TLS alert, HTTP 403.
 _REFUSALS = re.compile(
-    r"connection refused|connection reset|no route to host|host is unreachable|access denied|403 \(?forbidden|denied:"
-    r'|"DENIED"'
+    r"connection refused|connection reset|no route to host|host is unreachable|access denied"
+    r'|: 40[13]\b|registry 40[13]\b|denied:|"DENIED"'
     r"|could not connect to server|failed to connect|can't connect to remote host",
     re.IGNORECASE,
 )
