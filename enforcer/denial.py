@@ -266,11 +266,11 @@ TLS_ALERT = bytes((21, 3, 3, 0, 2, 2, 49))
 
 
 def http_reply(request: HttpRequest, sentence: str, *, tls: bool) -> bytes:
-    """403 with the error body of the OCI distribution specification, and the sentence once more as reason phrase: docker
-    and podman show the one, BuildKit and ctr the other.
+    """403 with the error body of the OCI distribution specification, and the sentence once more as reason phrase:
+    docker and podman show the one, BuildKit and ctr the other.
 
-    "GET /v2/", by which docker and podman find out what they talk to, is answered as by a registry that wants a token or
-    a password: of a 403 to it they show only the number, but all of what refuses the request that comes next.
+    "GET /v2/", by which docker and podman find out what they talk to, is answered as by a registry that wants a token
+    or a password: of a 403 to it they show only the number, but all of what refuses the request that comes next.
     """
     body = json.dumps({"errors": [{"code": "DENIED", "message": sentence}]}).encode() + b"\n"
     asks = request.target == "/v2/" and request.authority is not None and not request.authorized
