@@ -25,6 +25,7 @@ run_packages=(
 )
 test_packages=(
     "${run_packages[@]}"
+    buildah
     busybox-static
     clang-format
     curl
@@ -39,7 +40,7 @@ test_packages=(
     skopeo
     unbound
 )
-imports_of_run=(dns enforcer idna prometheus_client pyroute2)
+imports_of_run=(cryptography dns enforcer idna prometheus_client pyroute2)
 imports_of_all=("${imports_of_run[@]}" hypothesis mypy pytest pytest_timeout setuptools)
 
 log=build/setup.log

@@ -45,7 +45,7 @@ DOCKER_NET6 = "fd00:78::/64"
 
 # What the lab runs, beside what every Debian has.
 _TOOLS = (
-    "busybox", "curl", "dnsmasq", "docker", "docker-registry", "dockerd", "ip", "knotd", "nft", "openssl",
+    "buildah", "busybox", "ctr", "curl", "dnsmasq", "docker", "docker-registry", "dockerd", "ip", "knotd", "nft", "openssl",
     "podman", "promtool", "skopeo", "unbound",
 )  # fmt: skip
 
