@@ -41,7 +41,7 @@ from enforcer.ruleset import CountedScope
 # Privileged, so that no other user's program takes the port while the daemon is away, and assigned to nobody by IANA.
 PORTS = range(942, 949)
 MAX_CLIENTS = 512
-FIRST_BYTE_SECONDS = 1.0  # for protocols in which the server speaks first, and clients that only want to connect
+FIRST_BYTE_SECONDS = 1.0  # after the accept, as is the next; for protocols in which the server speaks first, and clients that only want to connect
 DECISION_SECONDS = 2.0
 LINGER_SECONDS = 1.0  # for the client to read its answer; closed earlier with unread bytes, it would see a reset
 MAX_READS = 64  # of one client: each parses all over again
@@ -179,7 +179,8 @@ class _Client:
         self._answered = False
         self._tls: _Tls | None = None
         self._loop.add_reader(connection, self._readable)
-        self._deadline = self._loop.call_later(FIRST_BYTE_SECONDS, self._give_up)
+        self._accepted_at = self._loop.time()
+        self._deadline = self._loop.call_at(self._accepted_at + FIRST_BYTE_SECONDS, self._give_up)
 
     # --- ends --------------------------------------------------------------------------------------------------------
     def close(self) -> None:
@@ -233,7 +234,7 @@ class _Client:
         else:
             if not self._received:
                 self._deadline.cancel()
-                self._deadline = self._loop.call_later(DECISION_SECONDS - FIRST_BYTE_SECONDS, self._give_up)
+                self._deadline = self._loop.call_at(self._accepted_at + DECISION_SECONDS, self._give_up)
             self._received += data
             self._decide()
 
