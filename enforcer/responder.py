@@ -41,7 +41,8 @@ from enforcer.ruleset import CountedScope
 # Privileged, so that no other user's program takes the port while the daemon is away, and assigned to nobody by IANA.
 PORTS = range(942, 949)
 MAX_CLIENTS = 512
-FIRST_BYTE_SECONDS = 1.0  # after the accept, as is the next; for protocols in which the server speaks first, and clients that only want to connect
+# After the accept; the first for protocols in which the server speaks first, and clients that only want to connect.
+FIRST_BYTE_SECONDS = 1.0
 DECISION_SECONDS = 2.0
 LINGER_SECONDS = 1.0  # for the client to read its answer; closed earlier with unread bytes, it would see a reset
 MAX_READS = 64  # of one client: each parses all over again
