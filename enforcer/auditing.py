@@ -32,7 +32,7 @@ LOOKUP_PAUSE_SECONDS = 0.25  # between two questions to the engines
 LOOKUP_DEADLINE_SECONDS = 5.0
 PENDING_ATTEMPTS = 4_096
 WRITTEN_ATTEMPTS = 4_096
-CONNECT_SECONDS = 5.0  # a connect() that is older was not this packet's
+CONNECT_SECONDS = 1.0  # between a connect() and the report of its packet; another process's since then may be meant
 RECORDS_A_REPLY = 200
 NANOSECONDS = 1_000_000_000
 
@@ -251,7 +251,7 @@ class Auditor:
         now = self._kernel.now_ns()
         if now - connect.at_ns > CONNECT_SECONDS * NANOSECONDS:
             return nobody, None
-        if connect.other_at_ns and connect.at_ns - connect.other_at_ns < CONNECT_SECONDS * NANOSECONDS:
+        if connect.other_at_ns and now - connect.other_at_ns < CONNECT_SECONDS * NANOSECONDS:
             return nobody, None  # two processes at the same time: either may be it
         container = None
         if self._cgroup is not None:

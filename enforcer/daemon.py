@@ -423,12 +423,16 @@ class Enforcement:
 
     def _apply(self, changes: Changes) -> None:
         if changes:
+            self._stop_vouching(changes.withdraw)
             if self._table_present:  # else start() brings everything that is held by then
                 self._firewall.apply(self._render(changes))
                 self._remember_revoked(changes)
-            learned = self._kernel.maps["learned"]
-            for destination in changes.withdraw:
-                learned.delete(kernel_abi.pack_learned_key(*destination))
+
+    def _stop_vouching(self, withdraw: Iterable[Destination]) -> None:
+        """Before the table takes a permission back: a SYN that BPF vouches for would give it back again."""
+        learned = self._kernel.maps["learned"]
+        for destination in withdraw:
+            learned.delete(kernel_abi.pack_learned_key(*destination))
 
     def _render(self, changes: Changes) -> str:
         now = self._kernel.now_ns() / NANOSECONDS
@@ -661,6 +665,7 @@ class Enforcement:
         kept, changes = self.learned.narrowed(still_allowed)
         assert self.plan is not None
         self._redirected = set(ruleset.Redirected)  # the operator may have let them in
+        self._stop_vouching(changes.withdraw)
         try:
             self._firewall.apply(
                 ruleset.render_ruleset(policy, self._capabilities, self.plan.internal, self._answering())
@@ -672,9 +677,6 @@ class Enforcement:
             log.error("the kernel refused the new ruleset, the policy in force stays: %s", error)
             self.auditor.policy_changed("the kernel refused the new ruleset, the policy in force stays")
             return
-        learned = self._kernel.maps["learned"]
-        for destination in changes.withdraw:
-            learned.delete(kernel_abi.pack_learned_key(*destination))
         before_it, self.policy, self.index, self.learned = self.policy, policy, index, kept
         self._remember_revoked(changes)
         if revocation.narrows(before_it, policy):

@@ -13,27 +13,28 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address
 from types import TracebackType
 from typing import Self
 
 from enforcer.audit_record import Kind, Report
 from enforcer.kernel_abi import MARK_SCOPE_MASK, MarkedScope, Protocol
+from enforcer.nfnetlink import (
+    ACK,
+    ERROR,
+    NETLINK_NETFILTER,
+    attribute,
+    error_number,
+    message_attributes,
+    messages,
+    request,
+)
 from enforcer.policy import Address
 from enforcer.ruleset import AUDIT_GROUP, CountedScope
 
-# include/uapi/linux/netlink.h, netfilter/nfnetlink_log.h
-_NETLINK_NETFILTER = 12
-_NLMSG = struct.Struct("=IHHII")  # length, type, flags, sequence, port
-_REQUEST, _ACK = 0x01, 0x04
-_NLMSG_ERROR = 2
-_STATUS = struct.Struct("=i")
-_NLA = struct.Struct("=HH")  # length, type
-_NLA_TYPE_MASK = 0x3FFF
-_NFGENMSG = struct.Struct("!BBH")  # family, version, resource: the group
-_SUBSYSTEM = 4  # NFNL_SUBSYS_ULOG
-_PACKET, _CONFIG = _SUBSYSTEM << 8, _SUBSYSTEM << 8 | 1
+# include/uapi/linux/netfilter/nfnetlink.h, nfnetlink_log.h
+_PACKET, _CONFIG = 4 << 8, 4 << 8 | 1  # NFNL_SUBSYS_ULOG
 _COMMAND, _MODE, _TIMEOUT, _FLAGS = 1, 2, 4, 6  # NFULA_CFG_*
 _BIND, _COPY_PACKET, _SEQUENCE = 1, 2, 1
 _HEADER, _MARK, _INDEV, _PAYLOAD, _PREFIX, _UID, _NUMBER = 1, 2, 4, 9, 10, 11, 12  # NFULA_*
@@ -68,14 +69,14 @@ class RefusalReader:
 
     def __enter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
             self._socket.settimeout(5)
-            self._configure(_NLA.pack(5, _COMMAND) + bytes((_BIND, 0, 0, 0)))
-            self._configure(_NLA.pack(10, _MODE) + struct.pack("!IBB", _COPIED_BYTES, _COPY_PACKET, 0) + b"\0\0")
-            self._configure(_NLA.pack(8, _TIMEOUT) + struct.pack("!I", 1))  # hundredths of a second
-            self._configure(_NLA.pack(6, _FLAGS) + struct.pack("!H", _SEQUENCE) + b"\0\0")
+            self._configure(_COMMAND, bytes((_BIND,)))
+            self._configure(_MODE, struct.pack("!IBB", _COPIED_BYTES, _COPY_PACKET, 0))
+            self._configure(_TIMEOUT, struct.pack("!I", 1))  # hundredths of a second
+            self._configure(_FLAGS, struct.pack("!H", _SEQUENCE))
             self._socket.setblocking(False)
         except BaseException:
             self._socket.close()
@@ -91,15 +92,13 @@ class RefusalReader:
         self._loop.remove_reader(self._socket)
         self._socket.close()
 
-    def _configure(self, attribute: bytes) -> None:
-        body = _NFGENMSG.pack(socket.AF_UNSPEC, 0, AUDIT_GROUP) + attribute
-        self._socket.send(_NLMSG.pack(_NLMSG.size + len(body), _CONFIG, _REQUEST | _ACK, 0, 0) + body)
+    def _configure(self, setting: int, value: bytes) -> None:
+        self._socket.send(request(_CONFIG, ACK, attribute(setting, value), resource=AUDIT_GROUP))
         while True:
             # Reports may come before the answer; they are not counted as lost, since counting begins with the first.
-            for kind, message in _messages(self._socket.recv(_DATAGRAM_BYTES)):
-                if kind == _NLMSG_ERROR:
-                    code = -_STATUS.unpack_from(message)[0]
-                    if code:
+            for kind, _, body in messages(self._socket.recv(_DATAGRAM_BYTES)):
+                if kind == ERROR:
+                    if code := error_number(body):
                         raise NflogError(code, f"nfnetlink_log group {AUDIT_GROUP}: {os.strerror(code)}")
                     return
 
@@ -121,10 +120,10 @@ class RefusalReader:
                 if error.errno != errno.ENOBUFS:  # the numbers tell how many
                     raise
                 continue
-            for kind, message in _messages(datagram):
+            for kind, _, body in messages(datagram):
                 if kind == _PACKET:
                     self._left -= 1
-                    attributes = dict(_attributes(message[_NFGENMSG.size :]))
+                    attributes = message_attributes(body)
                     self._count(attributes)
                     report = decode_report(attributes, time.time())
                     if report is not None:
@@ -184,19 +183,3 @@ def _flow(packet: bytes) -> tuple[Protocol, Endpoint, Endpoint] | None:
         return None
     source_port, destination_port = struct.unpack_from("!HH", packet, at)
     return Protocol(number), (source, source_port), (destination, destination_port)
-
-
-def _messages(datagram: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at + _NLMSG.size <= len(datagram):
-        length, kind, _, _, _ = _NLMSG.unpack_from(datagram, at)
-        yield kind, datagram[at + _NLMSG.size : at + length]
-        at += max(length + 3 & ~3, _NLMSG.size)
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at + _NLA.size <= len(data):
-        length, kind = _NLA.unpack_from(data, at)
-        yield kind & _NLA_TYPE_MASK, data[at + _NLA.size : at + length]
-        at += max(length + 3 & ~3, _NLA.size)

@@ -38,7 +38,10 @@ _INTERFACE_NAME = re.compile(r"[!#-)+-.0-9;-\[\]-~]{1,15}")
 class Feature(enum.Enum):
     """Something of the kernel's nf_tables that the ruleset needs; the value is rule text that uses it alone."""
 
-    SETS = "set probed { type ipv4_addr . inet_service; flags timeout; size 16; }"
+    SETS = (
+        "set probed { type ipv4_addr . inet_service; flags dynamic, timeout; size 16; }\n"
+        " chain probe { delete @probed { ip daddr . tcp dport }; }"
+    )
     INTERVALS = "set probed { type ipv4_addr; flags interval; elements = { 192.0.2.0/24 }; }"
     COUNTER = "counter probed { }\n chain probe { counter name probed; }"
     CT = "chain probe { ct state established ct direction reply ct status dnat accept; }"
@@ -184,8 +187,8 @@ table inet {TABLE} {{
 
 	# Addresses and ports whose permission was taken back: every packet to them is judged, not a connection's first
 	# alone. Deleting conntrack entries instead would let the far end's next packet begin a connection of its own.
-	set revoked4 {{ type ipv4_addr . inet_service; flags timeout; size {SET_SIZE}; }}
-	set revoked6 {{ type ipv6_addr . inet_service; flags timeout; size {SET_SIZE}; }}
+	set revoked4 {{ type ipv4_addr . inet_service; flags dynamic, timeout; size {SET_SIZE}; }}
+	set revoked6 {{ type ipv6_addr . inet_service; flags dynamic, timeout; size {SET_SIZE}; }}
 
 	# Interfaces that lead only into this host. Any other one, known or not, is an uplink.
 	set internal {{ type ifname; }}
@@ -270,8 +273,15 @@ table inet {TABLE} {{
 		# BPF vouches for the first packets, before the sets hold the address. Never for UDP: on an unconnected socket
 		# the mark is that of the packet before.
 		# For a SYN only: the socket keeps its mark, and must not outlive a permission that was taken back.
-		tcp flags & (fin | syn | rst | ack) == syn meta mark & {MARK_VOUCHED:#010x} == {MARK_VOUCHED:#010x} accept
+		tcp flags & (fin | syn | rst | ack) == syn meta mark & {MARK_VOUCHED:#010x} == {MARK_VOUCHED:#010x} goto vouched
 {_lines(line for rule in policy.rules for line in _rule_addresses(rule))}
+	}}
+
+	# Permitted once more, after it was taken back: the next packet of this connection may come before the sets hold it.
+	chain vouched {{
+		delete @revoked4 {{ ip daddr . tcp dport }}
+		delete @revoked6 {{ ip6 daddr . tcp dport }}
+		accept
 	}}
 
 	# At once, and so that the client gives up: a dropped SYN hangs clients for minutes.

@@ -163,9 +163,13 @@ class Enforcer:
         facts: dict[str, Any] = json.loads(self.command("status", "--json"))
         return facts
 
+    def argv(self, name: str, *arguments: str) -> list[str]:
+        """What runs a command that asks this daemon."""
+        return [COMMAND, name, "--run-dir", str(self._run_dir), *arguments]
+
     def command(self, name: str, *arguments: str, exit_code: int = 0) -> str:
         """Any command; AssertionError if it ends with another exit code."""
-        done = self._lab.run(self._where, [COMMAND, name, "--run-dir", str(self._run_dir), *arguments])
+        done = self._lab.run(self._where, self.argv(name, *arguments))
         assert done.returncode == exit_code, f"{name}: exit code {done.returncode}\n{done.stdout}"
         return done.stdout
 
