@@ -27,7 +27,7 @@ from enforcer.policy import AuthorityFiles, HostPattern
 
 CA_DAYS = 365
 LEAF_DAYS = 2
-MAX_CONTEXTS = 256  # some 100 kB each
+MAX_CONTEXTS = 256  # of 30 kB
 MAX_WAITING = 32  # for a certificate; the next client gets an alert
 MAX_CONSTRAINTS = 1_000
 CERTIFICATE_NAME = "refusal-ca.crt"

@@ -26,6 +26,12 @@ _HOOKS = {
 }
 
 
+_OPTIONAL_FEATURES = {
+    ruleset.Feature.AUDIT: "refusals are in the kernel's log, five a second, and in no audit record",
+    ruleset.Feature.REDIRECT: "refused clients are reset, and not told by whom",
+}
+
+
 class State(enum.Enum):
     """How a finding ends."""
 
@@ -119,6 +125,15 @@ def _features(capabilities: ruleset.Capabilities) -> Iterator[Finding]:
             "the ruleset cannot be loaded",
             f"load the module or enable {feature.kernel_option}",
         )
+    for feature, cost in _OPTIONAL_FEATURES.items():
+        if feature not in capabilities.features:
+            yield Finding(
+                f"nftables {feature.name.lower()}",
+                State.NOTE,
+                "the kernel refuses it",
+                cost,
+                f"load the module or enable {feature.kernel_option}",
+            )
 
 
 def _bpf(bpffs: Path) -> Iterator[Finding]:

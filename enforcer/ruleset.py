@@ -49,7 +49,8 @@ class Feature(enum.Enum):
     LOG = 'chain probe { log prefix "probe " level info; }'
     AUDIT = f'chain probe {{ log prefix "probe" group {AUDIT_GROUP}; }}'
     REDIRECT = (
-        "chain probe { type nat hook output priority -90; fib daddr type unicast fib daddr . mark oifname lo accept;"
+        # Dormant: the chain's type is looked up, and no packet meets its hook.
+        "flags dormant; chain probe { type nat hook output priority -90; fib daddr type unicast fib daddr . mark oifname lo accept;"
         " meta l4proto tcp redirect to :9; }"
     )
     REJECT = "chain probe { meta l4proto tcp reject with tcp reset; reject with icmpx admin-prohibited; }"
