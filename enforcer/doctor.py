@@ -27,7 +27,7 @@ _HOOKS = {
 
 
 _OPTIONAL_FEATURES = {
-    ruleset.Feature.AUDIT: "refusals are in the kernel's log, five a second, and in no audit record",
+    ruleset.Feature.AUDIT: "refusals are not audited; a few are in the kernel's log, of the first network namespace only",
     ruleset.Feature.REDIRECT: "refused clients are reset, and not told by whom",
 }
 
@@ -109,14 +109,6 @@ def _features(capabilities: ruleset.Capabilities) -> Iterator[Finding]:
     present = sorted(feature.name.lower() for feature in capabilities.features)
     if present:
         yield Finding("nftables", State.OK, ", ".join(present))
-    if ruleset.Feature.AUDIT not in capabilities.features:
-        yield Finding(
-            "nftables audit",
-            State.NOTE,
-            "the kernel has no nfnetlink_log",
-            "refused packets are not audited; a few a second are in the kernel's log, of the first network namespace only",
-            f"load the module or enable {ruleset.Feature.AUDIT.kernel_option}",
-        )
     for feature in capabilities.missing:
         yield Finding(
             f"nftables {feature.name.lower()}",

@@ -50,8 +50,8 @@ class Feature(enum.Enum):
     AUDIT = f'chain probe {{ log prefix "probe" group {AUDIT_GROUP}; }}'
     REDIRECT = (
         # Dormant: the chain's type is looked up, and no packet meets its hook.
-        "flags dormant; chain probe { type nat hook output priority -90; fib daddr type unicast fib daddr . mark oifname lo accept;"
-        " meta l4proto tcp redirect to :9; }"
+        "flags dormant; chain probe { type nat hook output priority -90;"
+        " fib daddr type unicast fib daddr . mark oifname lo accept; meta l4proto tcp redirect to :9; }"
     )
     REJECT = "chain probe { meta l4proto tcp reject with tcp reset; reject with icmpx admin-prohibited; }"
 
