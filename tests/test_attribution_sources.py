@@ -288,3 +288,76 @@ def test_container_is_found_by_the_id_of_its_cgroup() -> None:
         cgroup.rmdir()
         other.rmdir()
     assert containers.container_of_cgroup_id(root, cgroup_id) is None
+
+
+@pytest.mark.root
+def test_container_of_any_engine_is_found_by_the_address_of_its_namespace() -> None:
+    root = procfs.cgroup_root()
+    assert root is not None
+    cgroup = root / f"libpod-{ID}.scope"
+    script = (
+        f"echo $$ > {cgroup}/cgroup.procs; ip link set lo up; ip addr add 198.18.7.7/32 dev lo; echo; exec sleep 60"
+    )
+    cgroup.mkdir()
+    # A second namespace has no container: whoever has its address is unknown.
+    commands = [script, script.replace(str(cgroup), str(root)).replace("7.7/32", "7.8/32")]
+    children = []
+    try:
+        for command in commands:
+            child = subprocess.Popen(["unshare", "--net", "sh", "-ec", command], stdout=subprocess.PIPE)
+            children.append(child)
+            assert child.stdout is not None
+            child.stdout.readline()
+        addresses = frozenset({ip_address("198.18.7.7"), ip_address("198.18.7.8")})
+        found = containers.Containers().at(addresses)
+        assert found == {ip_address("198.18.7.7"): Container(ID, "podman")}
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+            assert child.stdout is not None
+            child.stdout.close()
+        cgroup.rmdir()
+
+
+@pytest.mark.root
+def test_podman_container_is_described_by_its_monitor_and_storage(tmp_path: Path) -> None:
+    bundle = tmp_path / "overlay-containers" / ID / "userdata"
+    bundle.mkdir(parents=True)
+    stored = [{"id": ID, "names": ["db"], "metadata": json.dumps({"image-name": "quay.io/pg:1", "name": "db"})}]
+    (tmp_path / "overlay-containers" / "containers.json").write_text(json.dumps(stored))
+    (bundle / "config.json").write_text("{}")
+    words = ["conmon", "-c", ID, "-b", str(bundle), "-n", "db"]
+    # Only its command line counts: something that waits under conmon's name.
+    waiting = "import sys; print(flush=True); sys.stdin.read()"
+    monitor = subprocess.Popen(
+        [words[0], "-c", waiting, *words[1:]],
+        executable=sys.executable,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert monitor.stdout is not None
+        monitor.stdout.readline()
+        seen = Container(ID, "podman")
+        assert containers.Containers().named(frozenset({seen})) == {seen: Container(ID, "podman", "db", "quay.io/pg:1")}
+        # What a user wrote names nobody.
+        os.chown(tmp_path / "overlay-containers" / "containers.json", 65534, 65534)
+        assert containers.Containers().named(frozenset({seen})) == {seen: Container(ID, "podman", "db")}
+    finally:
+        monitor.communicate()
+
+
+@pytest.mark.root
+def test_containerd_task_is_described_by_its_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "_CONTAINERD_TASKS", tmp_path)
+    bundle = tmp_path / "k8s.io" / ID
+    bundle.mkdir(parents=True)
+    annotations = {"io.kubernetes.cri.container-name": "app", "io.kubernetes.cri.image-name": "ghcr.io/a/app:1"}
+    (bundle / "config.json").write_text(json.dumps({"annotations": annotations}))
+    seen = Container(ID, None, pod=POD)
+    assert containers.Containers().named(frozenset({seen})) == {
+        seen: Container(ID, "containerd", "app", "ghcr.io/a/app:1", POD)
+    }
+    hostile = Container("../../etc", "containerd")
+    assert containers.Containers().named(frozenset({hostile})) == {hostile: hostile}

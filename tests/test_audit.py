@@ -36,12 +36,14 @@ from enforcer.audit_record import (
     Report,
     as_json,
     as_line,
+    as_sentence,
 )
 from enforcer.auditing import NAME_SECONDS, Auditor
+from enforcer.cli import EXIT_NOT_RUNNING, main
 from enforcer.denial import Answered, Refusal
 from enforcer.kernel_abi import MarkedScope, Protocol
 from enforcer.nft import Nft
-from enforcer.policy import Reason
+from enforcer.policy import PolicyError, Reason, parse
 from enforcer.ruleset import CountedScope
 from tests.test_ruleset import FULL, POLICIES
 
@@ -544,3 +546,51 @@ def test_attempts_beyond_the_bound_are_counted(monkeypatch: pytest.MonkeyPatch) 
 def test_forwarded_packet_of_nobody_known_is_of_unknown_origin() -> None:
     (record,) = audited((0, replace(REPORT, forwarded=True, scope=CountedScope.CONTAINER, uid=None)), responding=False)
     assert (record["origin"], record["container"], record["process"]) == ("unknown", None, None)
+
+
+# --- what the operator writes ----------------------------------------------------------------------------------------
+def test_policy_names_the_file() -> None:
+    assert parse('[audit]\nfile = "/var/log/audit.jsonl"', "p").audit_file == Path("/var/log/audit.jsonl")
+    assert parse('mode = "enforce"', "p").audit_file is None
+    assert parse("[audit]", "p").audit_file is None
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "problem"),
+    [
+        ('[audit]\nfile = "audit.jsonl"', 2, "not an absolute path"),
+        ('[audit]\nfile = "/a\\u0000b"', 2, "not an absolute path"),
+        ("[audit]\nfile = 1", 2, "1"),
+        ('[audit]\npath = "/a"', 2, 'unknown key "path"'),
+    ],
+)
+def test_mistake_about_the_file_is_named_with_its_line(text: str, line: int, problem: str) -> None:
+    with pytest.raises(PolicyError) as error:
+        parse(text, "p")
+    assert error.value.line == line
+    assert problem in str(error.value)
+
+
+def test_log_without_a_daemon_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["log", "--run-dir", str(tmp_path)]) == EXIT_NOT_RUNNING
+    assert "registry-enforcer run" in capsys.readouterr().err
+
+
+def test_sentences_are_one_printable_line_each() -> None:
+    hostile = replace(RECORD, name="a\nb\x1b[2J", container=Container("0" * 64, "docker", "x\u202ey", "i\tj"))
+    for record in (RECORD, hostile, AuditRecord(at=AT, kind=Kind.POLICY, detail="a\nb")):
+        assert as_sentence(as_json(record)).isprintable()
+    assert as_sentence(as_json(replace(RECORD, count=7))) == (
+        "2026-11-23T21:51:31.250Z refused evil.test (198.51.100.7 port 443/tcp): unlisted-name, "
+        "from docker container web (nginx:1), /usr/bin/curl of uid 0, reference K7QX2M, 7 times"
+    )
+
+
+@given(number=st.one_of(st.integers(), st.text(), st.none(), st.booleans(), st.floats()), limit=st.integers())
+def test_any_question_for_the_log_is_answered_or_refused(number: object, limit: int) -> None:
+    async def act() -> None:
+        auditor = Auditor(AuditLog(None, stdout=None), None, None)
+        with contextlib.suppress(ValueError):
+            assert auditor.answer_log({"after": number, "limit": limit}) == {"last": 0, "records": []}
+
+    asyncio.run(act())
