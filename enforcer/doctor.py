@@ -27,7 +27,7 @@ _HOOKS = {
 
 
 _OPTIONAL_FEATURES = {
-    ruleset.Feature.AUDIT: "refusals are not audited; some are in the kernel's log, of the first network namespace only",
+    ruleset.Feature.AUDIT: "refusals are not audited; some are in the kernel's log, of its first network namespace",
     ruleset.Feature.REDIRECT: "refused clients are reset, and not told by whom",
 }
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import resource
 import socket
+import ssl
 import struct
 import time
 from collections import Counter
@@ -19,10 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from enforcer import responder
+from enforcer import authority, responder
 from enforcer.denial import MAX_REQUEST_BYTES, TLS_ALERT, Answered, Refusal
 from enforcer.kernel_abi import Protocol
-from enforcer.policy import NameIndex, Reason, default_policy
+from enforcer.policy import AuthorityFiles, NameIndex, Reason, default_policy, host_pattern
 from enforcer.responder import DECISION_SECONDS, FIRST_BYTE_SECONDS, MAX_CLIENTS, Responder
 from tests.test_denial import HELLO, HELLO_NAME
 from tests.test_nft import inside, new_namespace, run
@@ -258,6 +259,104 @@ def test_next_free_port_is_taken(namespace: int, answering: Callable[[Scenario],
 
     with taken:
         answering(scenario)
+
+
+# --- TLS -------------------------------------------------------------------------------------------------------------
+def hello_for(name: str) -> bytes:
+    """The first flight of an OpenSSL client."""
+    outgoing = ssl.MemoryBIO()
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=name)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outgoing.read()
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> AuthorityFiles:
+    return authority.create(tmp_path, "Example Corp", [host_pattern("allowed.example")])
+
+
+async def https(answering: Answering, files: AuthorityFiles | None, name: str, request: bytes) -> bytes:
+    """What comes back for `request` over TLS; with no files, to a client that does not trust the CA."""
+    connection = await answering.connect()
+    context = ssl.create_default_context(cafile=files.certificate if files else None)
+    reader, writer = await asyncio.open_connection(sock=connection, ssl=context, server_hostname=name)
+    writer.write(request)
+    try:
+        return await asyncio.wait_for(reader.read(), 5)
+    finally:
+        writer.close()
+
+
+def test_client_that_trusts_the_ca_reads_the_sentence(
+    answering: Callable[[Scenario], None], certificates: AuthorityFiles
+) -> None:
+    async def scenario(answering: Answering) -> None:
+        answering.responder.contexts = authority.Authority(certificates).context
+        reply = await https(answering, certificates, "evil.example", REQUEST)
+        assert reply.startswith(b"HTTP/1.1 403 your organization does not allow evil.example; ")
+        # The name of SNI is what the certificate is for, and what counts.
+        reply = await https(answering, certificates, "evil.example", REQUEST.replace(b"evil", b"other"))
+        assert b"does not allow evil.example; " in reply
+        assert answering.told() == {Answered.TLS_HTTP: 2}
+        await until(lambda: len(answering.responder) == 0)
+
+    answering(scenario)
+
+
+def test_client_that_does_not_trust_the_ca_is_closed(
+    answering: Callable[[Scenario], None], certificates: AuthorityFiles
+) -> None:
+    async def scenario(answering: Answering) -> None:
+        answering.responder.contexts = authority.Authority(certificates).context
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await https(answering, None, "evil.example", REQUEST)
+        await until(lambda: answering.told() == {Answered.CLOSED: 1})
+        assert answering.refusals[0].requested_name == "evil.example"
+
+    answering(scenario)
+
+
+def test_name_that_the_ca_may_not_sign_gets_an_alert(
+    answering: Callable[[Scenario], None], certificates: AuthorityFiles
+) -> None:
+    async def scenario(answering: Answering) -> None:
+        answering.responder.contexts = authority.Authority(certificates).context
+        assert await answering.ask(hello_for("allowed.example")) == TLS_ALERT
+        assert answering.told() == {Answered.TLS_ALERT: 1}
+
+    answering(scenario)
+
+
+def test_flood_of_names_is_answered_and_the_loop_goes_on(
+    answering: Callable[[Scenario], None], certificates: AuthorityFiles
+) -> None:
+    async def scenario(answering: Answering) -> None:
+        answering.responder.contexts = authority.Authority(certificates).context
+        slowest_turn = 0.0
+
+        async def measure_turns() -> None:
+            nonlocal slowest_turn
+            while True:
+                started = time.monotonic()
+                await asyncio.sleep(0.01)
+                slowest_turn = max(slowest_turn, time.monotonic() - started - 0.01)
+
+        async def flood(name: str) -> bytes:
+            with await answering.connect() as client:
+                await asyncio.get_running_loop().sock_sendall(client, hello_for(name))
+                return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(client, 5), 5)
+
+        measuring = asyncio.create_task(measure_turns())
+        answers = await asyncio.gather(*(flood(f"n{number}.example") for number in range(300)))
+        measuring.cancel()
+        kinds = Counter(answer[:1] for answer in answers)
+        assert kinds.keys() <= {b"\x15", b"\x16"}  # an alert, or a ServerHello
+        assert kinds[b"\x15"]
+        assert kinds[b"\x16"]
+        assert slowest_turn < 0.5
+
+    answering(scenario)
 
 
 # --- many ------------------------------------------------------------------------------------------------------------
