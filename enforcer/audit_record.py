@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import collections
 import enum
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -23,7 +24,7 @@ SCHEMA_VERSION = 1
 FOLD_SECONDS = 60.0
 FOLDED_KEYS = 4_096
 REFERENCES_A_RECORD = 32
-RECENT_RECORDS = 2_000
+RECENT_RECORDS = 1_000
 
 Endpoint = tuple[Address, int]  # (address, port)
 
@@ -261,9 +262,9 @@ def _folded(repeats: _Repeats) -> Iterator[AuditRecord]:
 
 @dataclass(slots=True)
 class RecentRecords:
-    """The last records as JSON objects, numbered, so that whoever follows asks for what comes after a number."""
+    """The last records, numbered, so that whoever follows asks for what comes after a number; given as JSON objects."""
 
-    _records: collections.deque[tuple[int, dict[str, object]]] = field(
+    _records: collections.deque[tuple[int, AuditRecord]] = field(
         default_factory=lambda: collections.deque(maxlen=RECENT_RECORDS)
     )
     last: int = 0  # number of the newest
@@ -271,25 +272,21 @@ class RecentRecords:
     def add(self, record: AuditRecord) -> None:
         """Keep one, and forget the oldest when there are too many."""
         self.last += 1
-        self._records.append((self.last, as_json(record)))
+        self._records.append((self.last, record))
 
     def after(self, number: int, limit: int) -> tuple[int, list[dict[str, object]]]:
         """(number to ask with next, the newest `limit` records at most that are newer than `number`)."""
-        newer = [entry for entry in self._records if entry[0] > number][-limit:] if limit else []
-        return self.last, [record for _, record in newer]
+        newer = [record for n, record in self._records if n > number][-limit:] if limit else []
+        return self.last, [as_json(record) for record in newer]
 
     def about(self, subject: str | Address, port: int | None, limit: int) -> list[dict[str, object]]:
         """The newest `limit` refusals of a name or an address, the newest first."""
-        found: Iterable[dict[str, object]] = (
-            record
-            for _, record in reversed(self._records)
-            if record["kind"] in (Kind.REFUSED.value, Kind.OBSERVED.value) and _is_about(record, subject, port)
-        )
-        return [record for record, _ in zip(found, range(limit), strict=False)]
+        found = (record for _, record in reversed(self._records) if _is_about(record, subject, port))
+        return [as_json(record) for record in itertools.islice(found, limit)]
 
 
-def _is_about(record: dict[str, object], subject: str | Address, port: int | None) -> bool:
-    destination = record["destination"]
-    assert isinstance(destination, dict)
-    matches = record["name"] == subject if isinstance(subject, str) else destination["address"] == str(subject)
-    return matches and port in (None, destination["port"])
+def _is_about(record: AuditRecord, subject: str | Address, port: int | None) -> bool:
+    if record.destination is None:
+        return False
+    matches = record.name == subject if isinstance(subject, str) else record.destination[0] == subject
+    return matches and port in (None, record.destination[1])

@@ -46,7 +46,7 @@ _COPIED_BYTES = 128  # the headers
 _BUFFER_BYTES = 1 << 20
 _DATAGRAM_BYTES = 1 << 17
 _DATAGRAMS_A_TURN = 8
-_REPORTS_A_SECOND = 2_000
+_REPORTS_A_SECOND = 1_000
 
 
 class NflogError(OSError):
