@@ -51,7 +51,8 @@ class Feature(enum.Enum):
     REDIRECT = (
         # Dormant: the chain's type is looked up, and no packet meets its hook.
         "flags dormant; chain probe { type nat hook output priority -90;"
-        " fib daddr type unicast fib daddr . mark oifname lo accept; meta l4proto tcp redirect to :9; }"
+        " fib daddr type unicast fib daddr . mark oifname lo rt ip nexthop != 127.0.0.1 accept;"
+        " meta l4proto tcp redirect to :9; }"
     )
     REJECT = "chain probe { meta l4proto tcp reject with tcp reset; reject with icmpx admin-prohibited; }"
 
@@ -208,8 +209,7 @@ table inet {TABLE} {{
 	chain output {{
 		type filter hook output priority filter + 10; policy accept;
 		jump never_judged
-		# The outgoing interface is still that of the untranslated destination: postrouting knows better.
-		ct status dnat accept
+{_lines(_translated(responder))}
 		jump judge_local
 		goto refuse
 	}}
@@ -349,6 +349,15 @@ def _responder_chains(policy: Policy, responder: Responder | None) -> str:
 {_lines(_redirect_local(responder))}
 	}}
 """
+
+
+def _translated(responder: Responder | None) -> Iterator[str]:
+    if responder is not None:
+        yield "# A socket that is bound to an interface sends there what was redirected, too, and would wait for an answer."
+        yield "# Over IPv6 it does: no error finds its way back to it."
+        yield f"tcp dport {responder.port} ct status dnat rt ip nexthop != 127.0.0.1 reject with icmp port-unreachable"
+    yield "# The outgoing interface is still that of the untranslated destination: postrouting knows better."
+    yield "ct status dnat accept"
 
 
 def _redirect_local(responder: Responder) -> Iterator[str]:

@@ -201,19 +201,18 @@ def test_client_behind_an_interface_without_an_address_is_reset(host: AnsweringH
     assert tcp(host.lab.host, plan.evil, mark=MarkedScope.ENGINE) is Outcome.RESET
 
 
+def test_socket_that_is_bound_to_the_uplink_is_refused_at_once(host: AnsweringHost) -> None:
+    address = test_nft.V4.evil  # over IPv6 it would wait
+    with opened(host.lab.host, socket.SOCK_STREAM, address, MarkedScope.ENGINE, AT_ONCE_SECONDS) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"uplink")
+        with pytest.raises(ConnectionRefusedError):
+            client.connect((address, 443))
+    assert host.counted() == {"refused_engine_tcp": 1}
+
+
 def test_udp_is_prohibited_as_before(host: AnsweringHost, plan: Plan) -> None:
     assert udp(host.lab.box, plan.evil) is test_nft.Outcome.PROHIBITED
     assert host.counted() == {"refused_container_udp": 1}
-
-
-def test_flood_is_reset_and_every_connection_is_counted_once(host: AnsweringHost, plan: Plan) -> None:
-    started = time.monotonic()
-    outcomes = [tcp(host.lab.box, plan.evil) for _ in range(4_000)]
-    if time.monotonic() - started < 1.5:  # a slower machine makes no flood
-        assert Outcome.RESET in outcomes
-    assert Outcome.OPEN not in outcomes
-    assert outcomes[0] is Outcome.ANSWERED
-    assert host.counted() == {"refused_container_tcp": len(outcomes)}
 
 
 # --- what is none of its business ------------------------------------------------------------------------------------
@@ -293,3 +292,14 @@ def test_reload_under_traffic_opens_nothing_and_loses_nothing(host: AnsweringHos
     assert seen["good"] == {Outcome.OPEN}
     assert seen["evil"] <= {Outcome.ANSWERED, Outcome.RESET}
     assert seen["engine"] <= {Outcome.ANSWERED, Outcome.RESET}
+
+
+# Last: its ports stay in conntrack for a while, and a direct connection from one of them would be dropped there.
+def test_flood_is_reset_and_every_connection_is_counted_once(host: AnsweringHost, plan: Plan) -> None:
+    started = time.monotonic()
+    outcomes = [tcp(host.lab.box, plan.evil) for _ in range(4_000)]
+    if time.monotonic() - started < 1.5:  # a slower machine makes no flood
+        assert Outcome.RESET in outcomes
+    assert Outcome.OPEN not in outcomes
+    assert outcomes[0] is Outcome.ANSWERED
+    assert host.counted() == {"refused_container_tcp": len(outcomes)}
