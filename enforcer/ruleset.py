@@ -353,7 +353,7 @@ def _responder_chains(policy: Policy, responder: Responder | None) -> str:
 
 def _translated(responder: Responder | None) -> Iterator[str]:
     if responder is not None:
-        yield "# A socket that is bound to an interface sends there what was redirected, too, and would wait for an answer."
+        yield "# A socket bound to an interface sends there what was redirected, too, and would wait for an answer."
         yield "# Over IPv6 it does: no error finds its way back to it."
         yield f"tcp dport {responder.port} ct status dnat rt ip nexthop != 127.0.0.1 reject with icmp port-unreachable"
     yield "# The outgoing interface is still that of the untranslated destination: postrouting knows better."
