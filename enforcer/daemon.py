@@ -16,6 +16,7 @@ import collections
 import contextlib
 import json
 import logging
+import math
 import os
 import secrets
 import signal
@@ -225,6 +226,7 @@ class Enforcement:
         wanted = name_map(self.policy)
         maps["names"].replace_all(wanted)
         self.follow_resolvers()
+        # Held now, brought to the table below: an earlier daemon's has nearly all of it.
         self._adopt_learned()
         self._adopt_saved()
         if self._cgroup is not None:
@@ -240,16 +242,15 @@ class Enforcement:
             log.warning("not all names of the policy are resolved yet; enforcing now, the rest follows")
             self._asked.add(first_pass)
             first_pass.add_done_callback(self._asked.discard)
-        elements = {entry.destination: entry for entry in self._longest()}
-        stale = self._elements_without_reason(elements) if self._table_present else []
+        difference = self._difference()
         assert self.plan is not None  # follow_resolvers made it
         held = self._firewall.revoked() if self._table_present else []
         self._revoked = {(element.address, element.port) for element in held}
         self._firewall.apply(
             ruleset.render_ruleset(self.policy, self._capabilities, self.plan.internal, self._answering())
-            + self._render(Changes(tuple(elements.values()), tuple(stale)))
+            + self._render(difference)
         )
-        self._remember_revoked(Changes(tuple(elements.values()), tuple(stale)))
+        self._remember_revoked(difference)
         self._table_present = self._ruleset_applied = True
         self._redirects_lost = self._count_redirects_lost()
 
@@ -278,8 +279,8 @@ class Enforcement:
             ),
         )
 
-    def _adopt_learned(self) -> None:
-        """Hold what BPF has learned while no daemon listened, as far as the policy still allows it."""
+    def _adopt_learned(self) -> Changes:
+        """Hold what BPF has learned while nobody listened, as far as the policy still allows it."""
         learned = self._kernel.maps["learned"]
         patterns = {pattern_id(entry.pattern): entry.pattern for entry in name_permissions(self.policy)}
         entries = []
@@ -299,10 +300,9 @@ class Enforcement:
                         )
             if not found:
                 learned.delete(key)
-        changes = self.learned.learn(entries)
-        self._apply(changes)
         if entries:
             log.info("took over %d learned permissions from the kernel", len(entries))
+        return self.learned.learn(entries)
 
     def _adopt_saved(self) -> None:
         """Hold what the state file remembers from before a reboot, as far as the policy still allows it."""
@@ -324,7 +324,7 @@ class Enforcement:
                 entries.append(
                     LearnedAddress(entry.address, entry.port, entry.name, entry.rule, entry.pattern, now + left)
                 )
-        self._apply(self.learned.learn(entries))
+        self.learned.learn(entries)
 
     def save(self) -> None:
         """Write the state file; a failure is logged once and enforcement goes on."""
@@ -351,10 +351,18 @@ class Enforcement:
         else:
             self._unsaved = False
 
-    def _elements_without_reason(self, wanted: Mapping[Destination, object]) -> list[Destination]:
-        """What an earlier daemon permitted and this one cannot account for."""
-        held = ((element.address, element.port) for element in self._firewall.learned())
-        return [destination for destination in held if destination not in wanted]
+    def _difference(self) -> Changes:
+        """What makes an earlier daemon's elements those that this one holds; all of them, where there is no table."""
+        now = self._kernel.now_ns() / NANOSECONDS
+        elements = self._firewall.learned() if self._table_present else []
+        seconds_left = {(element.address, element.port): element.lifetime_seconds for element in elements}
+        permit = (
+            entry
+            for entry in self._longest()
+            if abs(entry.expires_at - now - seconds_left.get(entry.destination, -math.inf))
+            > kernel_abi.REFRESH_MARGIN_SECONDS
+        )
+        return Changes(tuple(permit), tuple(held for held in seconds_left if held not in self.learned))
 
     # --- DNS events --------------------------------------------------------------------------------------------------
     def take_events(self, reader: bpf.EventReader) -> None:
@@ -718,7 +726,7 @@ class Enforcement:
                 "%d learning packets did not reach the daemon; reading the kernel's map", lost - self._lost_seen
             )
             self._lost_seen = lost
-            self._adopt_learned()
+            self._apply(self._adopt_learned())
         self.watch_redirects()
 
     def _lost(self) -> int:
