@@ -11,6 +11,7 @@ import collections
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class Auditor:
         self._cgroup = cgroup
         self._known_name = known_name
         self._directory = containers.Containers()
+        self._thread = ThreadPoolExecutor(1, "containers")  # what hangs there holds up names, nothing else
         self._folding = Folding()
         self._pending: dict[Flow, _Attempt] = {}
         self._early: dict[Flow, tuple[Refusal, float]] = {}  # answers without a report, and when they are written so
@@ -138,6 +140,7 @@ class Auditor:
                 self._finish(attempt, {}, {})
             self._write_early(math.inf)
             self._emit(self._folding.rest())
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
     def housekeeping(self) -> None:
         """Write the counts of repeats whose window is over; call it every second or so."""
@@ -168,14 +171,15 @@ class Auditor:
         attempts = [self._pending[flow] for flow in flows]
         addresses = frozenset(attempt.report.source[0] for attempt in attempts if attempt.report.forwarded)
         seen = frozenset(attempt.container for attempt in attempts if attempt.container is not None)
+        loop = asyncio.get_running_loop()
         at: dict[Address, Container] = {}
         named: dict[Container, Container] = {}
         try:
             async with asyncio.timeout(LOOKUP_DEADLINE_SECONDS):
                 if addresses:
-                    at = await asyncio.to_thread(self._directory.at, addresses)
+                    at = await loop.run_in_executor(self._thread, self._directory.at, addresses)
                 if seen:
-                    named = await asyncio.to_thread(self._directory.named, seen)
+                    named = await loop.run_in_executor(self._thread, self._directory.named, seen)
         except TimeoutError:
             pass
         for flow, attempt in zip(flows, attempts, strict=True):
