@@ -49,10 +49,14 @@ class AuthorityError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Files:
-    """A CA, read and checked."""
+class _Issuer:
+    """A CA, read and checked. What is needed of its certificate and not the object itself, which raises "Already
+    mutably borrowed" when two threads read it at once (cryptography 38)."""
 
-    certificate: x509.Certificate
+    name: x509.Name
+    key_identifier: x509.AuthorityKeyIdentifier
+    not_after: datetime.datetime
+    constraints: x509.NameConstraints | None  # None: it may sign for every name
     chain: bytes  # PEM: the certificate and what the operator put behind it
     key: _SigningKey
 
@@ -75,7 +79,7 @@ class Authority:
     async def context(self, name: str) -> ssl.SSLContext | None:
         """The context for a host name or an address; None where the CA may not sign it or too many clients wait."""
         context = self._held(name)
-        if context is not None or self._waiting >= MAX_WAITING or not may_sign(self._ca.certificate, name):
+        if context is not None or self._waiting >= MAX_WAITING or not may_sign(self._ca.constraints, name):
             return context
         self._waiting += 1
         try:
@@ -111,11 +115,9 @@ class Authority:
         return context
 
 
-def may_sign(certificate: x509.Certificate, name: str) -> bool:
-    """Whether the CA's name constraints (RFC 5280 section 4.2.1.10) let it sign for a host name or an address."""
-    try:
-        constraints = certificate.extensions.get_extension_for_class(x509.NameConstraints).value
-    except x509.ExtensionNotFound:
+def may_sign(constraints: x509.NameConstraints | None, name: str) -> bool:
+    """Whether a CA's name constraints (RFC 5280 section 4.2.1.10) let it sign for a host name or an address."""
+    if constraints is None:
         return True
     try:
         address = ip_address(name)
@@ -221,7 +223,7 @@ def _write_new(path: Path, data: bytes, mode: int) -> None:
 
 
 # --- signing ---------------------------------------------------------------------------------------------------------
-def _sign_leaf(ca: _Files, public_key: ec.EllipticCurvePublicKey, name: str) -> x509.Certificate:
+def _sign_leaf(ca: _Issuer, public_key: ec.EllipticCurvePublicKey, name: str) -> x509.Certificate:
     try:
         subject: x509.GeneralName = x509.IPAddress(ip_address(name))
     except ValueError:
@@ -230,19 +232,16 @@ def _sign_leaf(ca: _Files, public_key: ec.EllipticCurvePublicKey, name: str) -> 
     return (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "refused by registry-enforcer")]))
-        .issuer_name(ca.certificate.subject)
+        .issuer_name(ca.name)
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _CLOCK_SKEW)
-        .not_valid_after(min(now + datetime.timedelta(days=LEAF_DAYS), _not_after(ca.certificate)))
+        .not_valid_after(min(now + datetime.timedelta(days=LEAF_DAYS), ca.not_after))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName([subject]), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.certificate.public_key()),  # type: ignore[arg-type]
-            critical=False,
-        )
+        .add_extension(ca.key_identifier, critical=False)
         .sign(
             ca.key, None if isinstance(ca.key, ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey) else hashes.SHA256()
         )
@@ -270,7 +269,7 @@ def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-def _read(files: AuthorityFiles) -> _Files:
+def _read(files: AuthorityFiles) -> _Issuer:
     chain = _read_file(files.certificate, "certificate")
     try:
         certificate = x509.load_pem_x509_certificate(chain)
@@ -281,17 +280,33 @@ def _read(files: AuthorityFiles) -> _Files:
     if key.public_key().public_bytes(*spki) != certificate.public_key().public_bytes(*spki):
         raise AuthorityError(f"{files.key} is not the key of {files.certificate}", "name the two files of one CA")
     try:
-        is_ca = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-        signs = certificate.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
-    except x509.ExtensionNotFound:
-        is_ca = signs = False
+        extensions = certificate.extensions
     except ValueError:
         raise AuthorityError(f"{files.certificate} has extensions that cannot be read", _MAKE_ONE) from None
-    if not (is_ca and signs):
+    by_kind = {type(extension.value): extension.value for extension in extensions}
+    basic, usage = by_kind.get(x509.BasicConstraints), by_kind.get(x509.KeyUsage)
+    constraints = by_kind.get(x509.NameConstraints)
+    assert constraints is None or isinstance(constraints, x509.NameConstraints)
+    if not (isinstance(basic, x509.BasicConstraints) and basic.ca):
+        raise AuthorityError(f"{files.certificate} is no CA's", _MAKE_ONE)
+    if not (isinstance(usage, x509.KeyUsage) and usage.key_cert_sign):
         raise AuthorityError(f"{files.certificate} may not sign certificates", _MAKE_ONE)
-    if _not_after(certificate) <= datetime.datetime.now(datetime.UTC):
-        raise AuthorityError(f"{files.certificate} expired on {_not_after(certificate):%Y-%m-%d}", _MAKE_ONE)
-    return _Files(certificate, chain, key)
+    not_after = _not_after(certificate)
+    if not_after <= datetime.datetime.now(datetime.UTC):
+        raise AuthorityError(f"{files.certificate} expired on {not_after:%Y-%m-%d}", _MAKE_ONE)
+    identifier = by_kind.get(x509.SubjectKeyIdentifier)  # need not be the usual hash: verifiers compare the two
+    return _Issuer(
+        name=certificate.subject,
+        key_identifier=(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
+            if isinstance(identifier, x509.SubjectKeyIdentifier)
+            else x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
+        ),
+        not_after=not_after,
+        constraints=constraints,
+        chain=chain,
+        key=key,
+    )
 
 
 _INIT = "`registry-enforcer ca init`"

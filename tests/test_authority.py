@@ -32,8 +32,8 @@ from enforcer.policy import AuthorityFiles, HostPattern, host_pattern
 ALLOWED = tuple(map(host_pattern, ("registry.corp.example", "*.blobs.corp.example", "docker.io", "*.docker.io")))
 
 
-def certificate_of(files: AuthorityFiles) -> x509.Certificate:
-    return x509.load_pem_x509_certificate(Path(files.certificate).read_bytes())
+def constraints_of(certificate: x509.Certificate) -> x509.NameConstraints:
+    return certificate.extensions.get_extension_for_class(x509.NameConstraints).value
 
 
 def handshake(authority: Authority, files: AuthorityFiles, name: str) -> str:
@@ -97,7 +97,8 @@ def test_only_narrows_to_the_names_that_are_given(tmp_path: Path) -> None:
     authority = Authority(files)
     assert handshake(authority, files, "ghcr.io") == ""
     assert handshake(authority, files, "pkg.ghcr.io") == ""
-    assert not may_sign(certificate_of(files), "evil.example")
+    made = x509.load_pem_x509_certificate(Path(files.certificate).read_bytes())
+    assert not may_sign(constraints_of(made), "evil.example")
 
 
 def test_constraints_let_nothing_else_be_signed(files: AuthorityFiles) -> None:
@@ -152,7 +153,7 @@ def write_ca(directory: Path, key: object, *, ca: bool = True, days: int = 10, k
         .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
         .add_extension(x509.KeyUsage(key_cert_sign=ca, **usage), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier(b"chosen by the corporation"), critical=False)
         .sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256())
     )
     pem = serialization.Encoding.PEM
@@ -188,7 +189,7 @@ def test_files_that_are_no_ca_say_what_to_do(tmp_path: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     absent = AuthorityFiles(str(tmp_path / "absent.crt"), str(tmp_path / "absent.key"), line=1)
     assert "cannot be read: No such file or directory; make a CA with `registry-enforcer ca init`" in complaint(absent)
-    assert "may not sign certificates" in complaint(write_ca(tmp_path, key, ca=False))
+    assert "is no CA's" in complaint(write_ca(tmp_path, key, ca=False))
     assert "expired on 20" in complaint(write_ca(tmp_path, key, days=-1))
     assert "can be read by others than its owner; chmod 600" in complaint(write_ca(tmp_path, key, key_mode=0o640))
     files = write_ca(tmp_path, key)
@@ -246,25 +247,26 @@ def test_leaf_ends_no_later_than_its_ca(tmp_path: Path) -> None:
     assert handshake(Authority(files), files, "evil.example") == ""
 
 
-def test_constraint_of_another_kind_of_name_says_nothing_of_host_names(tmp_path: Path) -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])
-    now = datetime.datetime.now(datetime.UTC)
-
-    def with_constraints(
-        permitted: list[x509.GeneralName] | None, excluded: list[x509.GeneralName] | None
-    ) -> x509.Certificate:
-        builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-        builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
-        return builder.add_extension(x509.NameConstraints(permitted, excluded), critical=True).sign(
-            key, hashes.SHA256()
-        )
-
-    networks = with_constraints([x509.IPAddress(IPv4Network("10.0.0.0/8"))], None)
+def test_constraint_of_another_kind_of_name_says_nothing_of_host_names() -> None:
+    networks = x509.NameConstraints([x509.IPAddress(IPv4Network("10.0.0.0/8"))], None)
     assert may_sign(networks, "a.example")
     assert may_sign(networks, "10.1.1.1")
     assert not may_sign(networks, "11.1.1.1")
-    corporate = with_constraints([x509.DNSName("corp.example")], [x509.DNSName(".secret.corp.example")])
+    corporate = x509.NameConstraints([x509.DNSName("corp.example")], [x509.DNSName(".secret.corp.example")])
     assert may_sign(corporate, "x.corp.example")
     assert not may_sign(corporate, "x.secret.corp.example")
     assert not may_sign(corporate, "xcorp.example")
+    assert may_sign(None, "anything.example")
+
+
+def test_names_are_judged_while_others_are_signed(files: AuthorityFiles) -> None:
+    async def scenario() -> None:
+        authority = Authority(files)
+        signing = asyncio.create_task(authority.context("a.example"))
+        while not signing.done():
+            assert await authority.context("docker.io") is None
+            await asyncio.sleep(0)
+        for n in range(100):
+            await asyncio.gather(authority.context(f"n{n}.example"), authority.context("docker.io"))
+
+    asyncio.run(scenario())
