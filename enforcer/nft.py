@@ -9,6 +9,7 @@ One writer at a time. Everything acts on the network namespace in which `Nft` wa
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
@@ -54,6 +55,9 @@ _NFT_OBJECT_COUNTER = 1
 _NFTA_COUNTER_BYTES = 1
 _NFTA_COUNTER_PACKETS = 2
 
+_LARGE_CHARACTERS = 50_000
+_libc = ctypes.CDLL(None)
+
 _DUMP_ATTEMPTS = 20
 _DUMP_TIMEOUT_SECONDS = 5
 _RECEIVE_BYTES = 65_536
@@ -98,6 +102,9 @@ class Nft:
             file.flush()
             path = f"/proc/self/fd/{file.fileno()}"
             status, _, message = self._library.cmd_from_file(path)
+        if len(text) > _LARGE_CHARACTERS:
+            # libnftables' syntax tree takes a hundred times the text and more; the C library would keep it.
+            _libc.malloc_trim(0)
         if status:
             raise NftError(message.strip().replace(f"{path}:", "line "))
 
