@@ -10,7 +10,7 @@ import pytest
 from tests.lab import internet
 from tests.lab.bench import FreshNames
 from tests.lab.clients import Clients
-from tests.lab.enforcer import COMMAND, Enforcer, policy
+from tests.lab.enforcer import COMMAND, Enforcer, policy, trust_refusal_ca
 from tests.lab.lab import Lab, missing_tools
 
 
@@ -20,7 +20,10 @@ def built() -> Iterator[tuple[Lab, Clients]]:
     if missing := missing_tools():
         pytest.skip(f"the lab needs {', '.join(missing)}: make setup")
     with Lab() as lab:
-        yield lab, Clients(lab, internet.start(lab))
+        net = internet.start(lab)
+        if Path(COMMAND).exists():
+            trust_refusal_ca(lab)
+        yield lab, Clients(lab, net)
 
 
 @pytest.fixture(scope="session")

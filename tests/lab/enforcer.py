@@ -62,6 +62,30 @@ def registry(name: str, *hosts: str, ports: tuple[int, ...] = (443,)) -> str:
     return _REGISTRY.format(name=name, hosts=json.dumps(hosts), ports=json.dumps(ports))
 
 
+def trust_refusal_ca(lab: Lab) -> None:
+    """Make a CA for refusals by `ca init` and have the lab's host trust it; `refusal_ca` is for policies that use it.
+
+    Before anything runs there: Go's programs, dockerd among them, read the host's CAs once.
+    """
+    directory = _ca_directory(lab)
+    (lab.directory / "ca.toml").write_text(policy())
+    made = lab.run("host", [COMMAND, "ca", "init", "--policy", f"{lab.directory}/ca.toml",
+                            "--directory", str(directory)])  # fmt: skip
+    assert made.returncode == 0, made.stdout
+    (directory / "lines").write_text(made.stdout[made.stdout.index("  [refusal]") :])
+    trust = f"cat {directory}/refusal-ca.crt >> /etc/ssl/certs/ca-certificates.crt"
+    assert lab.run("host", ["sh", "-ec", trust]).returncode == 0
+
+
+def refusal_ca(lab: Lab) -> tuple[Path, str]:
+    """The certificate of that CA, and what it says to add to the policy."""
+    return _ca_directory(lab) / "refusal-ca.crt", (_ca_directory(lab) / "lines").read_text()
+
+
+def _ca_directory(lab: Lab) -> Path:
+    return lab.directory / "ca"
+
+
 class Enforcer:
     """The daemon of one host, and the commands that talk to it."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.lab.clients import Clients
-from tests.lab.enforcer import COMMAND, Enforcer, policy
+from tests.lab.enforcer import Enforcer, policy, refusal_ca
 from tests.lab.internet import CLIENT_IMAGE, EVIL_ADDRESS, EVIL_ADDRESS6, REPOSITORY
 from tests.lab.lab import Lab, poll
 
@@ -46,7 +46,7 @@ CLIENTS = {
     "docker build, classic": Client(("env", "DOCKER_BUILDKIT=0", "docker", "build", "-"), text=BUILD),
     "docker build, BuildKit": Client(("env", "DOCKER_BUILDKIT=1", "docker", "build", "-"), text=BUILD),
     "podman pull": Client(("podman", "pull", "{ref}"), ("--tls-verify=false",)),
-    "buildah pull": Client(("buildah", "pull", "{ref}"), ("--tls-verify=false",)),
+    "buildah pull": Client(("buildah", "pull", "--policy=always", "{ref}"), ("--tls-verify=false",)),
     "skopeo inspect": Client(("skopeo", "inspect", "docker://{ref}"), ("--tls-verify=false",)),
     "ctr": Client(("ctr", "images", "pull", "{ref}"), ("--plain-http",)),
     "curl": Client(("curl", "-sS", "https://{registry}/v2/x"), ()),
@@ -155,24 +155,13 @@ def test_sentence_is_shown_at_once_over_plain_http(strict: Enforcer, run: Run, n
 
 @pytest.fixture
 def trusted_ca(lab: Lab, any_enforcer: Enforcer) -> Iterator[Enforcer]:
-    """A CA by `ca init`, trusted in the ways that it names."""
-    directory = lab.directory / "ca"
-    certificate, bundle = directory / "refusal-ca.crt", "/etc/ssl/certs/ca-certificates.crt"
-    text = policy(host="strict")
-    if not directory.exists():
-        (lab.directory / "ca.toml").write_text(text)
-        made = lab.run("host", [COMMAND, "ca", "init", "--policy", f"{lab.directory}/ca.toml",
-                                "--directory", str(directory)])  # fmt: skip
-        assert made.returncode == 0, made.stdout
-        (directory / "lines").write_text(made.stdout[made.stdout.index("  [refusal]") :])
+    """Refusals under a CA that the host trusts, and dockerd's registry client by its own directory."""
+    certificate, lines = refusal_ca(lab)
     for_docker = f"/etc/docker/certs.d/{TLS}"
-    trust = (
-        f"cp {bundle} /etc/bundle; cat {certificate} >> {bundle}; mkdir -p {for_docker}; cp {certificate} {for_docker}"
-    )
-    assert lab.run("host", ["sh", "-ec", trust]).returncode == 0
-    any_enforcer.ensure(text + (directory / "lines").read_text())
+    assert lab.run("host", ["sh", "-ec", f"mkdir -p {for_docker}; cp {certificate} {for_docker}"]).returncode == 0
+    any_enforcer.ensure(policy(host="strict") + lines)
     yield any_enforcer
-    lab.run("host", ["sh", "-c", f"mv /etc/bundle {bundle}; rm -r {for_docker}"])
+    lab.run("host", ["rm", "-r", for_docker])
 
 
 @pytest.mark.parametrize("name", CLIENTS)
