@@ -85,7 +85,7 @@ def start(lab: Lab) -> Internet:
     directory.mkdir()
     _start_dns(lab, directory)
     image = directory / "image.tar"
-    image.write_bytes(_image_archive(Path("/usr/bin/busybox")))
+    image.write_bytes(image_archive(Path("/usr/bin/busybox")))
     _make_certificates(directory)
     _start_registries(lab, directory)
     pushed = lab.run("net", ["skopeo", "copy", "--insecure-policy", "--dest-tls-verify=false",
@@ -168,7 +168,7 @@ def _start_registries(lab: Lab, directory: Path) -> None:
         poll(f"registry on {port}", lambda port=port: lab.net.attempt("127.0.0.1", port).reached)  # type: ignore[misc]
 
 
-def _image_archive(busybox: Path) -> bytes:
+def image_archive(busybox: Path) -> bytes:
     """A docker-archive of one layer: a static busybox and the names by which it is called."""
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as tar:
