@@ -18,7 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from enforcer import __version__, advice, audit_record, auditing, bpf, control, daemon, doctor, metrics, policy, procfs
+from enforcer import (
+    __version__,
+    advice,
+    audit_record,
+    auditing,
+    bpf,
+    control,
+    daemon,
+    doctor,
+    enforcement,
+    metrics,
+    policy,
+    procfs,
+)
 
 EXIT_OK = 0
 EXIT_NO = 1
@@ -124,8 +137,8 @@ def _read_policy(path: Path | None) -> policy.Policy:
 
 def _check(arguments: argparse.Namespace) -> int:
     checked = _read_policy(arguments.file)
-    daemon.open_authority(checked)  # a PolicyError if its files are no CA
-    facts = daemon.policy_facts(checked)
+    enforcement.open_authority(checked)  # a PolicyError if its files are no CA
+    facts = enforcement.policy_facts(checked)
     if arguments.json:
         _print_json(facts)
     else:
@@ -148,7 +161,7 @@ def _run(arguments: argparse.Namespace) -> int:
         took = time.monotonic() - started
         print(f"ready after {took:.1f} s: mode {enforced.mode.value}, policy {enforced.source}, {details}", flush=True)
 
-    options = daemon.Options(
+    options = enforcement.Options(
         run_dir=arguments.run_dir,
         state_dir=arguments.state_dir,
         bpffs=arguments.bpffs or daemon.DEFAULT_BPFFS,
@@ -194,7 +207,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         # A name is judged by the policy alone; what an address was learned for only the daemon knows.
         if not isinstance(subject, str):
             raise
-        explanation = daemon.explain_by_policy(_read_policy(arguments.policy), arguments.subject)
+        explanation = enforcement.explain_by_policy(_read_policy(arguments.policy), arguments.subject)
         _complain("no daemon is running; this is what the policy file says")
     if arguments.json:
         _print_json(explanation)

@@ -23,6 +23,7 @@ SHELL = {
 }
 TOP = {
     "daemon",
+    "enforcement",
     "auditing",
     "doctor",
     "cli",

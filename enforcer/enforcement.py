@@ -1,0 +1,906 @@
+"""Enforcement: the state of one daemon and everything that changes it.
+
+Order is what makes it safe. At start BPF learns before nftables refuses, so that nothing allowed is lost; a restarted
+daemon adopts what is pinned and never takes anything away before its successor is in place. A reload narrows first
+(names out of BPF, then the ruleset and revoked elements in one transaction) and widens last, so that a failure at any
+point leaves at most the intersection of both policies.
+
+Everything here runs on the event loop's thread and one place changes the learned state, so there are no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import math
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from enforcer import (
+    __version__,
+    advice,
+    attribution,
+    auditing,
+    bpf,
+    conntrack,
+    dns_answer,
+    kernel_abi,
+    metrics,
+    netlink,
+    nflog,
+    nft,
+    procfs,
+    resolver,
+    responder,
+    revocation,
+    ruleset,
+    state,
+    topology,
+)
+from enforcer.audit import AuditLog
+from enforcer.bpf import Loader
+from enforcer.denial import Refusal
+from enforcer.kernel_abi import DnsEvent, MarkedScope, Outcome, Protocol, RangeClass
+from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, may_teach, permitted
+from enforcer.policy import (
+    Address,
+    Mode,
+    NameIndex,
+    Policy,
+    PolicyError,
+    RuleKind,
+    name_permissions,
+    pattern_id,
+)
+
+if TYPE_CHECKING:
+    from enforcer.authority import Authority
+
+log = logging.getLogger("registry-enforcer")
+
+RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFRESH_MARGIN_SECONDS
+RESOLVE_CONCURRENCY = 16
+RESOLVE_PAUSE_SECONDS = 0.1  # of each of them between two names: spares the resolvers when a policy has thousands
+FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
+SCRAPE_DEADLINE_SECONDS = 5.0
+NANOSECONDS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Where the daemon keeps what."""
+
+    run_dir: Path
+    state_dir: Path
+    bpffs: Path
+    cgroup: Path | None  # None: the root of the cgroup v2 hierarchy
+    metrics: tuple[str, int]
+    loader: Loader
+
+
+ReadPolicy = Callable[[], Policy]  # raises PolicyError
+
+
+# --- what the commands share -----------------------------------------------------------------------------------------
+def policy_facts(policy: Policy) -> dict[str, Any]:
+    """What `check` and `status` say of a policy."""
+    destinations = sum(rule.kind is RuleKind.DESTINATION for rule in policy.rules)
+    return {
+        "source": policy.source,
+        "digest": policy.digest,
+        "organization": policy.organization,
+        "mode": policy.mode.value,
+        "registries": len(policy.rules) - destinations,
+        "destinations": destinations,
+        "names": sum(len(rule.hosts) for rule in policy.rules),
+        "ports": list(policy.ports),
+        "scope": {
+            "containers": policy.scope.containers.value,
+            "engines": policy.scope.engines.value,
+            "host": policy.scope.host.value,
+        },
+    }
+
+
+def explain_by_policy(policy: Policy, text: str, learned: Iterable[LearnedAddress] = ()) -> dict[str, Any]:
+    """`advice.explain` as JSON; ValueError if `text` is neither a name nor an address."""
+    subject, port = advice.parse_subject(text)
+    explanation = advice.explain(policy, NameIndex(policy), subject, port, learned)
+    return {
+        "subject": str(explanation.subject),
+        "port": explanation.port,
+        "allowed": explanation.allowed,
+        "reason": explanation.reason.value,
+        "rules": list(explanation.rules),
+        "sentence": explanation.sentence,
+        "next_steps": list(explanation.next_steps),
+    }
+
+
+def open_authority(policy: Policy) -> Authority | None:
+    """The CA that the policy names, read and checked; PolicyError if it cannot be used, None if there is none."""
+    if policy.refusal.ca is None:
+        return None
+    from enforcer import authority  # noqa: PLC0415 - its library costs 15 MB, which only those pay who have a CA
+
+    try:
+        return authority.Authority(policy.refusal.ca)
+    except authority.AuthorityError as error:
+        raise PolicyError(policy.source, policy.refusal.ca.line, error.problem, error.advice) from None
+
+
+# --- the running daemon ----------------------------------------------------------------------------------------------
+def name_map(policy: Policy) -> dict[bytes, bytes]:
+    """What BPF's `names` holds under `policy`."""
+    return {
+        kernel_abi.pack_name_key(entry.pattern.name, wildcard=entry.pattern.wildcard): kernel_abi.pack_name_rule(
+            pattern_id(entry.pattern), entry.ports, private_addresses=entry.private_addresses
+        )
+        for entry in name_permissions(policy)
+    }
+
+
+class Enforcement:
+    """The state of one daemon and everything that changes it; all methods run on the event loop's thread."""
+
+    def __init__(
+        self,
+        options: Options,
+        policy: Policy,
+        *,
+        firewall: nft.Nft,
+        capabilities: ruleset.Capabilities,
+        kernel: bpf.KernelState,
+        links: netlink.Netlink,
+        cgroup: Path | None,
+        audit_log: AuditLog,
+    ) -> None:
+        self.options = options
+        self.policy = policy
+        self.index = NameIndex(policy)
+        self.learned = LearnedAddresses()
+        self.resolvers: tuple[Address, ...] = ()
+        self.plan: topology.AttachmentPlan | None = None
+        self.ask_again = asyncio.Event()  # set: the policy or the resolvers changed, ask for every exact name now
+        self.metrics = metrics.Metrics(self._snapshot_for_scrape)
+        self.auditor = auditing.Auditor(audit_log, kernel, cgroup, self._known_name)
+        self.reports: nflog.RefusalReader | None = None  # None: the kernel reports no refused packets
+        self._audit_log = audit_log
+        self._revoked: set[Destination] | None = None  # None: the table is not this daemon's yet
+        self._firewall = firewall
+        self._capabilities = capabilities
+        self._kernel = kernel
+        self._links = links
+        self._cgroup = cgroup
+        self._loop = asyncio.get_running_loop()
+        self._table_present = firewall.present()  # an earlier daemon's
+        self._ruleset_applied = False  # this one's
+        self._responder: responder.Responder | None = None
+        self._redirected = set(ruleset.Redirected)  # what no other table's input chain is known to drop
+        self._redirects_lost: dict[ruleset.Redirected, int] = {}
+        self._interfaces = ""  # the text that told the table of them last
+        self._unsaved = False  # the last attempt to write the state file failed
+        self._lost_seen = 0
+        self._ranges: dict[bytes, bytes] = {}
+        self._attached: dict[int, str] = {}  # interface index -> the program at its ingress
+        self._unattachable: set[int] = set()  # interfaces that refused it, each logged once
+        self._unresolved: set[str] = set()  # exact names whose last own question failed, each logged once
+        self._asking: set[str] = set()  # names of unreadable answers that are being asked for
+        self._asked: set[asyncio.Task[None]] = set()
+
+    # --- start -------------------------------------------------------------------------------------------------------
+    async def start(self) -> None:
+        """Bring the kernel under `self.policy`, from nothing or from what an earlier daemon left there.
+
+        Until the ruleset is applied at the very end, an earlier daemon's goes on refusing.
+        """
+        maps = self._kernel.maps
+        self._write_settings()
+        maps["programs"].replace_all(
+            {
+                name.encode().ljust(kernel_abi.COMM_BYTES, b"\0"): _u32(scope)
+                for name, scope in attribution.PROGRAM_SCOPES.items()
+            }
+        )
+        wanted = name_map(self.policy)
+        maps["names"].replace_all(wanted)
+        self.follow_resolvers()
+        # Held now, brought to the table below: an earlier daemon's has nearly all of it.
+        self._adopt_learned()
+        self._adopt_saved()
+        if self._cgroup is not None:
+            for hook in bpf.CgroupHook:
+                name = hook.name.lower()
+                if (program := self._kernel.programs.get(name)) is not None:
+                    bpf.attach_cgroup(program, self._cgroup, self.options.bpffs)
+                elif bpf.detach_cgroup(name, self._cgroup, self.options.bpffs):
+                    log.warning("an earlier build's %s is detached: this one has none", name)
+        first_pass = asyncio.create_task(self.ask_for_names())
+        done, _ = await asyncio.wait([first_pass], timeout=FIRST_RESOLVE_SECONDS)
+        if not done:
+            log.warning("not all names of the policy are resolved yet; enforcing now, the rest follows")
+            self._asked.add(first_pass)
+            first_pass.add_done_callback(self._asked.discard)
+        difference = self._difference()
+        assert self.plan is not None  # follow_resolvers made it
+        held = self._firewall.revoked() if self._table_present else []
+        self._revoked = {(element.address, element.port) for element in held}
+        self._firewall.apply(
+            ruleset.render_ruleset(self.policy, self._capabilities, self.plan.internal, self._answering())
+            + self._render(difference)
+        )
+        self._remember_revoked(difference)
+        self._table_present = self._ruleset_applied = True
+        self._redirects_lost = self._count_redirects_lost()
+
+    def _write_settings(self) -> None:
+        settings = self._kernel.maps["settings"]
+        slot = bytes(4)
+        before = kernel_abi.SETTINGS.codec.unpack(settings.lookup(slot) or bytes(kernel_abi.SETTINGS.size))
+        pidns_device, pidns_inode = procfs.pidns_identity()
+        settings.update(
+            slot,
+            kernel_abi.SETTINGS.codec.pack(
+                before[0] or secrets.randbits(64),  # another key would orphan the questions that are under way
+                kernel_abi.LIFETIME_FLOOR_SECONDS * NANOSECONDS,
+                kernel_abi.LIFETIME_CEILING_SECONDS * NANOSECONDS,
+                kernel_abi.REFRESH_MARGIN_SECONDS * NANOSECONDS,
+                kernel_abi.QUERY_WINDOW_SECONDS * NANOSECONDS,
+                procfs.netns_cookie() or 0,
+                pidns_device,
+                pidns_inode,
+                kernel_abi.MARK_MASK,
+                kernel_abi.MARK_VOUCHED,
+                MarkedScope.HOST,
+                MarkedScope.ENGINE,
+                MarkedScope.CONTAINER,
+                1,
+            ),
+        )
+
+    def _adopt_learned(self) -> Changes:
+        """Hold what BPF has learned while nobody listened, as far as the policy still allows it."""
+        learned = self._kernel.maps["learned"]
+        patterns = {pattern_id(entry.pattern): entry.pattern for entry in name_permissions(self.policy)}
+        entries = []
+        for key, value in list(learned.items()):
+            address, port = kernel_abi.unpack_learned_key(key)
+            expires_ns, taught_by = kernel_abi.LEARNED.codec.unpack(value)
+            if (address, port) in self.learned:
+                continue
+            pattern = patterns.get(taught_by)
+            found = False
+            if pattern is not None and expires_ns > self._kernel.now_ns():
+                for rule, matched in self.index.covering(pattern.name, wildcard=pattern.wildcard):
+                    if port in rule.ports:
+                        found = True
+                        entries.append(
+                            LearnedAddress(address, port, str(pattern), rule.name, matched, expires_ns / NANOSECONDS)
+                        )
+            if not found:
+                learned.delete(key)
+        if entries:
+            log.info("took over %d learned permissions from the kernel", len(entries))
+        return self.learned.learn(entries)
+
+    def _adopt_saved(self) -> None:
+        """Hold what the state file remembers from before a reboot, as far as the policy still allows it."""
+        try:
+            saved = state.load(self.options.state_dir)
+        except state.StateError as error:
+            log.warning("%s; registries are learned anew", error)
+            return
+        now, wall_clock = self._kernel.now_ns() / NANOSECONDS, time.time()
+        entries = []
+        for entry in saved:
+            left = min(entry.expires_at - wall_clock, kernel_abi.LIFETIME_CEILING_SECONDS)  # the clock may have stepped
+            matches = [
+                (rule, pattern)
+                for rule, pattern in self.index.covering(entry.pattern.name, wildcard=entry.pattern.wildcard)
+                if (rule.name, pattern) == (entry.rule, entry.pattern) and entry.port in rule.ports
+            ]
+            if matches and left > 0 and may_teach(self._classify(entry.address), matches[0][0]):
+                entries.append(
+                    LearnedAddress(entry.address, entry.port, entry.name, entry.rule, entry.pattern, now + left)
+                )
+        self.learned.learn(entries)
+
+    def save(self) -> None:
+        """Write the state file; a failure is logged once and enforcement goes on."""
+        wall_clock_offset = time.time() - self._kernel.now_ns() / NANOSECONDS
+        try:
+            state.save(
+                self.options.state_dir,
+                (
+                    state.SavedAddress(
+                        entry.address,
+                        entry.port,
+                        entry.name,
+                        entry.rule,
+                        entry.pattern,
+                        entry.expires_at + wall_clock_offset,
+                    )
+                    for entry in self.learned
+                ),
+            )
+        except state.StateError as error:
+            if not self._unsaved:
+                log.warning("%s; what is learned would be lost in a reboot", error)
+            self._unsaved = True
+        else:
+            self._unsaved = False
+
+    def _difference(self) -> Changes:
+        """What makes an earlier daemon's elements those that this one holds; all of them, where there is no table."""
+        now = self._kernel.now_ns() / NANOSECONDS
+        elements = self._firewall.learned() if self._table_present else []
+        seconds_left = {(element.address, element.port): element.lifetime_seconds for element in elements}
+        permit = (
+            entry
+            for entry in self._longest()
+            if abs(entry.expires_at - now - seconds_left.get(entry.destination, -math.inf))
+            > kernel_abi.REFRESH_MARGIN_SECONDS
+        )
+        return Changes(tuple(permit), tuple(held for held in seconds_left if held not in self.learned))
+
+    # --- DNS events --------------------------------------------------------------------------------------------------
+    def take_events(self, reader: bpf.EventReader) -> None:
+        """Everything that BPF has reported: parse, judge, and tell the kernel in one transaction."""
+        records = reader.read()
+        if not records:
+            return
+        permit: dict[Destination, LearnedAddress] = {}
+        withdraw: dict[Destination, None] = {}
+        arrivals = []
+        for record in records:
+            event = kernel_abi.decode_event(record)
+            arrivals.append(event.at_ns)
+            changes = self._judge(event)
+            for entry in changes.permit:
+                permit[entry.destination] = entry
+                withdraw.pop(entry.destination, None)
+            for destination in changes.withdraw:
+                withdraw[destination] = None
+                permit.pop(destination, None)
+        self._apply(Changes(tuple(permit.values()), tuple(withdraw)))
+        now = self._kernel.now_ns()
+        for arrived in arrivals:
+            self.metrics.learn_seconds.observe((now - arrived) / NANOSECONDS)
+
+    def _judge(self, event: DnsEvent) -> Changes:
+        """What one learning packet changes. BPF's view of it is checked against the full parser's."""
+        if event.resolver not in self.resolvers:
+            # The packet came before this resolver was dropped; BPF does not know that it has been.
+            return self._disagree(event, "its resolver is no longer trusted")
+        try:
+            answer = dns_answer.parse_answer(event.wire, event.resolver)
+        except dns_answer.DnsAnswerError as error:
+            if not event.inserted:
+                self._ask_for_question(event)
+                return Changes()
+            return self._disagree(event, str(error))
+        entries = self._permissions(answer, event.at_ns / NANOSECONDS)
+        if event.outcome is Outcome.UNREADABLE and (answer.truncated or event.message_length > len(event.wire)):
+            self._ask_for_question(event)
+        if event.inserted > len({entry.destination for entry in entries}):
+            return self._disagree(event, f"{answer.question}: fewer permissions in it than BPF learned", entries)
+        return self.learned.learn(entries)
+
+    def _permissions(self, answer: dns_answer.DnsAnswer, now: float) -> list[LearnedAddress]:
+        return list(permitted(answer, self.index.covering(answer.question), self._classify, now))
+
+    def _disagree(self, event: DnsEvent, why: str, accepted: Iterable[LearnedAddress] = ()) -> Changes:
+        """Take back whatever BPF knows and this daemon cannot account for."""
+        self.metrics.disagreements.inc()
+        log.warning("a DNS answer from %s taught too much (%s); withdrawn", event.resolver, why)
+        self.auditor.disagreed(f"a DNS answer from {event.resolver} taught too much ({why}); withdrawn")
+        changes = self.learned.learn(accepted)
+        learned = self._kernel.maps["learned"]
+        orphans = [key for key, _ in list(learned.items()) if kernel_abi.unpack_learned_key(key) not in self.learned]
+        for key in orphans:
+            learned.delete(key)
+        orphaned = tuple(kernel_abi.unpack_learned_key(key) for key in orphans)
+        return Changes(changes.permit, changes.withdraw + orphaned)
+
+    def _classify(self, address: Address) -> RangeClass | None:
+        assert self.plan is not None
+        if any(address in network for network in self.plan.own_ranges if network.version == address.version):
+            return RangeClass.NEVER
+        return dns_answer.classify_address(address)
+
+    def _apply(self, changes: Changes) -> None:
+        if changes:
+            self._stop_vouching(changes.withdraw)
+            if self._table_present:  # else start() brings everything that is held by then
+                self._firewall.apply(self._render(changes))
+                self._remember_revoked(changes)
+
+    def _stop_vouching(self, withdraw: Iterable[Destination]) -> None:
+        """Before the table takes a permission back: a SYN that BPF vouches for would give it back again."""
+        learned = self._kernel.maps["learned"]
+        for destination in withdraw:
+            learned.delete(kernel_abi.pack_learned_key(*destination))
+
+    def _render(self, changes: Changes) -> str:
+        now = self._kernel.now_ns() / NANOSECONDS
+        permit = [
+            ruleset.Element(entry.address, entry.port, seconds)
+            for entry in changes.permit
+            if (seconds := int(entry.expires_at - now)) > 0
+        ]
+        text = ruleset.render_elements(permit, changes.withdraw)
+        if self._revoked is not None:
+            pardoned = (entry.destination for entry in changes.permit if entry.destination in self._revoked)
+            text += ruleset.render_revoked(changes.withdraw, pardoned)
+        return text
+
+    def _remember_revoked(self, changes: Changes) -> None:
+        if self._revoked is not None:
+            self._revoked.difference_update(entry.destination for entry in changes.permit)
+            self._revoked.update(changes.withdraw)
+
+    def _known_name(self, address: Address) -> tuple[str | None, str] | None:
+        """(name, rule) of a permission that the address has on any port."""
+        for port in {port for rule in self.policy.rules for port in rule.ports}:
+            if (address, port) in self.learned:
+                entry = self.learned.longest((address, port))
+                return entry.name, entry.rule
+        rule_name = revocation.lists_address(self.policy, address)
+        return None if rule_name is None else (None, rule_name)
+
+    def _longest(self) -> Iterator[LearnedAddress]:
+        """For each destination the permission that ends last."""
+        for destination in {entry.destination for entry in self.learned}:
+            yield self.learned.longest(destination)
+
+    # --- own questions -----------------------------------------------------------------------------------------------
+    async def ask_for_names(self) -> None:
+        """Ask for every exact name of the policy, a few at a time and no faster than the lifetimes demand."""
+        names = sorted({host.name for rule in self.policy.rules for host in rule.hosts if not host.wildcard})
+        pause_seconds = min(RESOLVE_PAUSE_SECONDS, RESOLVE_PERIOD_SECONDS * RESOLVE_CONCURRENCY / (2 * len(names) + 1))
+        remaining = iter(names)
+
+        async def ask_in_turn() -> None:
+            for name in remaining:
+                await self._ask(name)
+                await asyncio.sleep(pause_seconds)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(RESOLVE_CONCURRENCY):
+                group.create_task(ask_in_turn())
+
+    async def keep_asking(self) -> None:
+        """Ask again before the lifetimes end, and at once when the policy or the resolvers change."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESOLVE_PERIOD_SECONDS):
+                    await self.ask_again.wait()
+            self.ask_again.clear()
+            await self.ask_for_names()
+
+    async def _ask(self, name: str) -> None:
+        """Ask for the addresses of `name` and hold what the answers permit. BPF sees the same packets and is first."""
+        for rdtype in dns_answer.ADDRESS_TYPES:
+            try:
+                wire, asked = await resolver.ask(dns_answer.build_query(name, rdtype), self._teachers())
+                answer = dns_answer.parse_answer(wire, asked)
+            except resolver.NoAnswerError as error:
+                self.metrics.own_queries.labels("no_answer").inc()
+                if name not in self._unresolved:
+                    self._unresolved.add(name)
+                    log.warning("%s cannot be resolved: %s", name, error)
+                return
+            except dns_answer.DnsAnswerError:
+                self.metrics.own_queries.labels("unusable").inc()
+                continue
+            if asked not in self._teachers() or answer.question != name:  # the resolvers may have changed meanwhile
+                self.metrics.own_queries.labels("unusable").inc()
+                continue
+            self.metrics.own_queries.labels("answered").inc()
+            self._unresolved.discard(name)
+            changes = self.learned.learn(self._permissions(answer, self._kernel.now_ns() / NANOSECONDS))
+            self._kernel.maps["learned"].update_many(
+                (
+                    kernel_abi.pack_learned_key(*entry.destination),
+                    kernel_abi.LEARNED.codec.pack(int(entry.expires_at * NANOSECONDS), pattern_id(entry.pattern)),
+                )
+                for entry in changes.permit
+            )
+            self._apply(changes)
+
+    def _teachers(self) -> tuple[Address, ...]:
+        """The trusted resolvers but those behind an internal interface, where a container could answer for them."""
+        assert self.plan is not None
+        mute = dict(self.plan.unlearnable)
+        return tuple(address for address in self.resolvers if address not in mute)
+
+    def _ask_for_question(self, event: DnsEvent) -> None:
+        """BPF could not read this answer whole: ask for its name, once at a time."""
+        try:
+            name = dns_answer.parse_question(event.wire)
+        except dns_answer.DnsAnswerError:
+            return  # BPF matched a listed name before it gave up, so this was cut on the way: nothing was permitted
+        if not self.index.match(name) or name in self._asking:
+            return
+
+        async def ask() -> None:
+            try:
+                await self._ask(name)
+            finally:
+                self._asking.discard(name)
+
+        self._asking.add(name)
+        self._start(ask())
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Work beside everything else; its exception is this daemon's."""
+        task = asyncio.create_task(work)
+        self._asked.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._asked.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error
+
+    # --- changes around the daemon -----------------------------------------------------------------------------------
+    def fit_interfaces(self, changed: netlink.Change = netlink.Change.EVERYTHING) -> None:
+        """Attach the programs where the interfaces, routes and resolvers of this moment want them."""
+        routes = {address: self._links.route_to(address) for address in self.resolvers}
+        before, self.plan = self.plan, topology.plan_attachments(self._links.interfaces(), self._links.routes(), routes)
+        if changed & netlink.Change.TRAFFIC_CONTROL:
+            self._attached.clear()  # somebody touched filters: look at each
+        ranges = {
+            kernel_abi.pack_range_key(network.network_address, network.prefixlen): _u32(range_class)
+            for network, range_class in (
+                *dns_answer.SPECIAL_RANGES,
+                *((network, RangeClass.NEVER) for network in self.plan.own_ranges),
+            )
+        }
+        if ranges != self._ranges:
+            self._kernel.maps["ranges"].replace_all(ranges)
+            self._ranges = ranges
+        programs = self._kernel.programs
+        for index in self.plan.learn | self.plan.gate:
+            name = self._program_at(index)
+            if self._attached.get(index) == name:
+                continue
+            wanted = [(netlink.Direction.INGRESS, name)]
+            if name == "learn":
+                wanted.append((netlink.Direction.EGRESS, "track_query"))
+            try:
+                if all(self._links.attach(index, at, programs[program].fd, program) for at, program in wanted):
+                    self._attached[index] = name
+            except netlink.NetlinkError as error:
+                # Nothing opens: without the program no answer teaches here and no packet is vouched for.
+                if index not in self._unattachable:
+                    self._unattachable.add(index)
+                    log.warning("interface %d takes no BPF program (%s): nothing is learned there", index, error)
+        for index in self._attached.keys() - (self.plan.learn | self.plan.gate):
+            del self._attached[index]
+        if self._table_present:
+            self._tell_interfaces()
+        if before is None or before.unlearnable != self.plan.unlearnable:
+            for address, why in self.plan.unlearnable:
+                log.warning("answers of the resolver %s cannot teach: %s", address, why)
+
+    def _tell_interfaces(self) -> None:
+        assert self.plan is not None
+        # An earlier daemon's table may have no sets for the responder.
+        text = ruleset.render_internal(self.plan.internal, self._answering() if self._ruleset_applied else None)
+        if text != self._interfaces:
+            self._firewall.apply(text)
+            self._interfaces = text
+
+    async def follow_links(self) -> None:
+        """Fit the programs to every change of interfaces, addresses, routes and filters."""
+        with self._links.changes() as changes:
+            async for changed in changes:
+                self.fit_interfaces(changed)
+
+    def follow_resolvers(self) -> None:
+        """Trust the resolvers that the policy means now, and no others."""
+        wanted = list(self.policy.resolvers.addresses)
+        if self.policy.resolvers.auto:
+            wanted += procfs.trusted_resolvers()
+        resolvers = tuple(dict.fromkeys(wanted))
+        if resolvers == self.resolvers and self.plan is not None:
+            return
+        self.resolvers = resolvers
+        self._kernel.maps["resolvers"].replace_all({kernel_abi.pack_address(address): b"\1" for address in resolvers})
+        self.fit_interfaces()
+        self.ask_again.set()
+        log.info("trusted resolvers: %s", ", ".join(map(str, resolvers)) or "none")
+
+    def know_cgroups(self, known: Iterable[procfs.Cgroup]) -> None:
+        """Tell BPF which cgroups hold containers and engines: these and no others."""
+        self._kernel.maps["cgroups"].replace_all({_cgroup_key(cgroup): _u32(cgroup.scope) for cgroup in known})
+
+    def cgroups_changed(self, appeared: Iterable[procfs.Cgroup], vanished: Iterable[procfs.Cgroup]) -> None:
+        """Tell BPF of the difference."""
+        cgroups = self._kernel.maps["cgroups"]
+        for cgroup in vanished:
+            cgroups.delete(_cgroup_key(cgroup))
+        for cgroup in appeared:
+            cgroups.update(_cgroup_key(cgroup), _u32(cgroup.scope))
+
+    def reload(self, read_policy: ReadPolicy) -> None:
+        """Enforce the policy as it is written now. A bad policy, or a kernel that refuses it, leaves the old one."""
+        try:
+            policy = read_policy()
+            authority = open_authority(policy)
+        except PolicyError as error:
+            self.metrics.reloads.labels("bad_policy").inc()
+            log.error("%s: the policy in force stays", error)
+            self.auditor.policy_changed(f"{error}: the policy in force stays")
+            return
+        index = NameIndex(policy)
+        before, after = name_map(self.policy), name_map(policy)
+        names = self._kernel.maps["names"]
+        narrowed = [key for key, value in before.items() if after.get(key) != value]
+        for key in narrowed:
+            names.delete(key)
+
+        def still_allowed(entry: LearnedAddress) -> bool:
+            return any(
+                (rule.name, pattern) == (entry.rule, entry.pattern)
+                and entry.port in rule.ports
+                and may_teach(self._classify(entry.address), rule)
+                for rule, pattern in index.covering(entry.pattern.name, wildcard=entry.pattern.wildcard)
+            )
+
+        kept, changes = self.learned.narrowed(still_allowed)
+        assert self.plan is not None
+        self._redirected = set(ruleset.Redirected)  # the operator may have let them in
+        self._stop_vouching(changes.withdraw)
+        try:
+            self._firewall.apply(
+                ruleset.render_ruleset(policy, self._capabilities, self.plan.internal, self._answering())
+                + self._render(changes)
+            )
+        except nft.NftError as error:
+            names.update_many((key, before[key]) for key in narrowed)
+            self.metrics.reloads.labels("failed").inc()
+            log.error("the kernel refused the new ruleset, the policy in force stays: %s", error)
+            self.auditor.policy_changed("the kernel refused the new ruleset, the policy in force stays")
+            return
+        before_it, self.policy, self.index, self.learned = self.policy, policy, index, kept
+        self._remember_revoked(changes)
+        if revocation.narrows(before_it, policy):
+            self._start(self._judge_connections_again(before_it))
+        names.update_many((key, value) for key, value in after.items() if before.get(key) != value)
+        if self._responder is not None:
+            self._responder.contexts = None if authority is None else authority.context
+        self._audit_log.follow_policy(policy.audit_file)
+        self.follow_resolvers()
+        self.ask_again.set()
+        self.metrics.reloads.labels("ok").inc()
+        in_force = f"policy {policy.source} ({policy.digest[:12]}) is in force, mode {policy.mode.value}"
+        log.info("%s", in_force)
+        self.auditor.policy_changed(in_force)
+
+    async def _judge_connections_again(self, before: Policy) -> None:
+        """Have the rules look at connections that `before` let through without a learned address."""
+        try:
+            connected = await asyncio.to_thread(conntrack.tcp_destinations)
+        except OSError as error:
+            log.warning("the kernel does not tell its connections (%s): those that are open stay open", error)
+            return
+        again = revocation.to_judge_again(before, self.policy, self.learned, connected)
+        if again and self._revoked is not None:
+            self._firewall.apply(ruleset.render_revoked(again))
+            self._revoked.update(again)
+            log.info("connections to %d destinations are judged again", len(again))
+
+    def housekeeping(self) -> None:
+        """Forget what has expired; read from the kernel what its events could not carry."""
+        self.auditor.housekeeping()
+        now = self._kernel.now_ns() / NANOSECONDS
+        learned = self._kernel.maps["learned"]
+        for destination in self.learned.expire(now):
+            learned.delete(kernel_abi.pack_learned_key(*destination))
+        lost = self._lost()
+        if lost > self._lost_seen:
+            log.warning(
+                "%d learning packets did not reach the daemon; reading the kernel's map", lost - self._lost_seen
+            )
+            self._lost_seen = lost
+            self._apply(self._adopt_learned())
+        self.watch_redirects()
+
+    def _lost(self) -> int:
+        return self._kernel.maps["counters"].sum_u64(_u32(Outcome.EVENT_LOST))
+
+    # --- refusals ----------------------------------------------------------------------------------------------------
+    def answer_refused(self, listener: responder.Responder) -> None:
+        """Have refused connections answered by `listener`, once the ruleset is applied."""
+        self._responder = listener
+        self.auditor.responding = True
+
+    def refused(self, refusal: Refusal) -> None:
+        """The responder has answered."""
+        self.metrics.refusals_answered.labels(refusal.answered.value).inc()
+        self.auditor.answered(refusal)
+
+    def _answering(self) -> ruleset.Responder | None:
+        """What the ruleset has to know of the responder; None without one."""
+        if self._responder is None:
+            return None
+        assert self.plan is not None
+        addressed: dict[int, set[str]] = {4: set(), 6: set()}
+        if ruleset.Redirected.FORWARDED in self._redirected:
+            for entry in self.plan.roles:
+                if entry.role is topology.Role.INTERNAL:
+                    for address in entry.interface.addresses:
+                        if not address.is_link_local:
+                            addressed[address.version].add(entry.interface.name)
+        return ruleset.Responder(
+            self._responder.port,
+            local=ruleset.Redirected.LOCAL in self._redirected,
+            interfaces4=frozenset(addressed[4]),
+            interfaces6=frozenset(addressed[6]),
+        )
+
+    def _count_redirects_lost(self) -> dict[ruleset.Redirected, int]:
+        """How many redirected connections never came to the responder, ever."""
+        if self._responder is None:
+            return {}
+        counters = self._firewall.counters()
+        return {way: counters[way.entered].packets - counters[way.reached].packets for way in ruleset.Redirected}
+
+    def watch_redirects(self) -> None:
+        """Go back to resets where another table's input chain drops what is redirected: clients would hang."""
+        if self._responder is None:
+            return
+        before, lost = self._redirects_lost, self._count_redirects_lost()
+        if any(lost[way] > before[way] for way in self._redirected):
+            # A packet may have come between the readings of its two counters; what was dropped stays so.
+            again = self._count_redirects_lost()
+            lost = {way: min(lost[way], again[way]) for way in lost}
+        self._redirects_lost = {way: max(lost[way], before[way]) for way in lost}
+        dropped = {way for way in self._redirected if lost[way] > before[way]}
+        if not dropped:
+            return
+        self._redirected -= dropped
+        assert self.plan is not None
+        self._firewall.apply(
+            ruleset.render_ruleset(self.policy, self._capabilities, self.plan.internal, self._answering())
+        )
+        log.warning(
+            "another table's input chain drops the %s connections that are redirected to the responder, so they are "
+            "reset again: let 'ct status dnat tcp dport %d' in there, then reload the policy (SIGHUP)",
+            " and ".join(sorted(way.value for way in dropped)),
+            self._responder.port,
+        )
+
+    # --- what it tells -----------------------------------------------------------------------------------------------
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """One request of the control socket; ValueError names what is wrong with it."""
+        match request.get("command"):
+            case "status":
+                return self.status()
+            case "explain":
+                subject = request.get("subject")
+                if not isinstance(subject, str):
+                    raise ValueError("explain takes a subject: a name or an address, with or without :PORT")
+                refusals = self.auditor.last_refusals(subject)
+                return explain_by_policy(self.policy, subject, self.learned) | {"last_refusals": refusals}
+            case "log":
+                return self.auditor.answer_log(request)
+            case other:
+                raise ValueError(f"unknown command {other!r}; this daemon knows status, explain and log")
+
+    def status(self) -> dict[str, Any]:
+        """Everything an operator asks first. Times are Unix seconds."""
+        assert self.plan is not None
+        wall_clock_offset = time.time() - self._kernel.now_ns() / NANOSECONDS
+        counters = self._firewall.counters()
+        return {
+            "state": "enforcing" if self.policy.mode is Mode.ENFORCE else "observing",
+            "version": __version__,
+            "pid": os.getpid(),
+            "policy": policy_facts(self.policy),
+            "learned": [
+                {
+                    "address": str(entry.address),
+                    "port": entry.port,
+                    "name": entry.name,
+                    "rule": entry.rule,
+                    "expires_at": round(entry.expires_at + wall_clock_offset, 3),
+                }
+                for entry in self.learned
+            ],
+            **{
+                verb: [
+                    {"scope": scope, "protocol": protocol, "count": count}
+                    for (scope, protocol), count in _refusals(counters, mode).items()
+                ]
+                for verb, mode in (("refused", Mode.ENFORCE), ("observed", Mode.OBSERVE))
+            },
+            "responder": None
+            if self._responder is None
+            else {
+                "port": self._responder.port,
+                "clients": len(self._responder),
+                "answers": sorted(way.value for way in self._redirected),
+            },
+            "resolvers": [str(address) for address in self.resolvers],
+            "unlearnable_resolvers": [{"address": str(address), "why": why} for address, why in self.plan.unlearnable],
+            "interfaces": [
+                {
+                    "name": entry.interface.name,
+                    "role": entry.role.value,
+                    "why": entry.why,
+                    "program": self._program_at(entry.interface.index),
+                }
+                for entry in self.plan.roles
+            ],
+            "capabilities": {
+                "nftables": sorted(feature.name.lower() for feature in self._capabilities.features),
+                "loader": self._kernel.report.loader.value,
+                "programs": dict(self._kernel.report.programs),
+                "refused_programs": dict(self._kernel.report.refused),
+                "cgroup": None if self._cgroup is None else str(self._cgroup),
+            },
+        }
+
+    def _program_at(self, index: int) -> str:
+        """The program that belongs at the ingress of an interface; "" for a bridge's port."""
+        assert self.plan is not None
+        if index in self.plan.learn:
+            return "learn"
+        return "gate" if index in self.plan.gate else ""
+
+    def _snapshot(self) -> metrics.Snapshot:
+        counters = self._firewall.counters()
+        families = collections.Counter(f"ipv{entry.address.version}" for entry in self._longest())
+        per_outcome = self._kernel.maps["counters"]
+        return metrics.Snapshot(
+            enforcing=self.policy.mode is Mode.ENFORCE and self._table_present,
+            mode=self.policy.mode.value,
+            digest=self.policy.digest,
+            dns_answers={
+                outcome.name.lower(): per_outcome.sum_u64(_u32(outcome))
+                for outcome in Outcome
+                if outcome is not Outcome.EVENT_LOST
+            },
+            learned={family: families[family] for family in ("ipv4", "ipv6")},
+            refused=_refusals(counters, Mode.ENFORCE),
+            observed=_refusals(counters, Mode.OBSERVE),
+            events_lost=self._lost(),
+            audit_dropped=self.auditor.dropped(self.reports.lost if self.reports else 0),
+        )
+
+    def _snapshot_for_scrape(self) -> metrics.Snapshot:
+        """Called in the metrics server's thread; the state belongs to the loop's."""
+
+        async def snapshot() -> metrics.Snapshot:
+            return self._snapshot()
+
+        return asyncio.run_coroutine_threadsafe(snapshot(), self._loop).result(SCRAPE_DEADLINE_SECONDS)
+
+
+def _refusals(counters: Mapping[str, nft.Counter], mode: Mode) -> dict[tuple[str, str], int]:
+    """Packets of each (scope, protocol), from the ruleset's named counters."""
+    return {
+        (scope.value, protocol.name.lower()): counter.packets
+        for scope in ruleset.CountedScope
+        for protocol in Protocol
+        if (counter := counters.get(ruleset.counter_name(mode, scope, protocol))) is not None
+    }
+
+
+def _cgroup_key(cgroup: procfs.Cgroup) -> bytes:
+    return cgroup.cgroup_id.to_bytes(8, sys.byteorder)
+
+
+def _u32(value: int) -> bytes:
+    return value.to_bytes(4, sys.byteorder)
