@@ -9,10 +9,12 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
+from enforcer import bpf, kernel_abi
 from tests.lab import bench
 from tests.lab.bench import NAMES, FreshNames
 from tests.lab.clients import Clients
@@ -250,6 +252,26 @@ def test_answer_too_long_for_bpf_is_resolved_by_the_daemon(enforcer: Enforcer, l
     poll("all addresses of a truncated answer", lambda: {(a, 443) for a in addresses} <= enforcer.permitted(), 10)
     assert_reached(lab.ct.attempt(addresses[-1]))
     assert_refused(lab.ct.attempt("198.18.3.250"))  # beside them, in no answer
+
+
+def test_what_bpf_learns_beyond_the_policy_is_withdrawn(enforcer: Enforcer, lab: Lab) -> None:
+    """As if BPF's parser or its names were wrong: the full parser and the policy have the last word."""
+    generation = next((lab.bpffs / "host").glob("generation-*"))
+    before = enforcer.total("enforcer_parser_disagreements_total")
+    with bpf.KernelState(bpf.read_report(generation)) as kernel:
+        names, learned = kernel.maps["names"], kernel.maps["learned"]
+        key = kernel_abi.pack_name_key("evil.test", wildcard=False)
+        names.update(key, kernel_abi.pack_name_rule(1, [443], private_addresses=True))
+        try:
+            lab.host.call("resolve", name="evil.test")
+            poll("a withdrawal", lambda: enforcer.total("enforcer_parser_disagreements_total") > before)
+        finally:
+            names.delete(key)
+        evil = kernel_abi.pack_learned_key(ip_address(EVIL_ADDRESS), 443)
+        poll("BPF to have forgotten it", lambda: learned.lookup(evil) is None)
+    assert (EVIL_ADDRESS, 443) not in enforcer.permitted()
+    assert lab.engine.connect("evil.test").refused
+    assert lab.engine.connect("registry.allowed.test").reached
 
 
 def test_short_lifetime_is_raised_to_the_floor(enforcer: Enforcer, lab: Lab) -> None:
