@@ -34,10 +34,14 @@ test_packages=(
     "docker.io|docker-ce"
     knot
     openssl
+    passt
     podman
     prometheus
+    "rootlesskit|docker-ce-rootless-extras"
     shellcheck
     skopeo
+    slirp4netns
+    uidmap
     unbound
 )
 imports_of_run=(cryptography dns enforcer idna prometheus_client pyroute2)
