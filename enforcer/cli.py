@@ -426,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
     except (UsageError, metrics.MetricsError, control.AlreadyRunningError, control.RequestError) as error:
         _complain(str(error))
-    except daemon.UnsupportedHostError as error:
+    except (daemon.UnsupportedHostError, bpf.BpfError) as error:
         _complain(str(error))
     except control.NotRunningError as error:
         _complain(f"{error}; start it with: registry-enforcer run")

@@ -38,7 +38,7 @@ class UnsupportedHostError(Exception):
 async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> None:
     """Enforce until SIGTERM or SIGINT; enforcement stays in the kernel. SIGHUP reads the policy again.
 
-    Raises PolicyError, AlreadyRunningError, MetricsError or UnsupportedHostError before anything has been changed.
+    Raises PolicyError, AlreadyRunningError, MetricsError, BpfError or UnsupportedHostError before anything is attached.
     """
     policy = read_policy()
     authority = open_authority(policy)
@@ -46,29 +46,12 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
     with contextlib.ExitStack() as stack:
         stack.enter_context(control.hold(options.run_dir))
         firewall = stack.enter_context(nft.Nft())
-        capabilities = firewall.probe()
-        if capabilities.missing:
-            lacking = ", ".join(f"{feature.name.lower()} ({feature.kernel_option})" for feature in capabilities.missing)
-            raise UnsupportedHostError(
-                f"this kernel's nf_tables lacks {lacking}; load the modules or boot a kernel that has them"
-            )
+        capabilities = _probe(firewall)
         cgroup = options.cgroup or procfs.cgroup_root()
         if cgroup is None:
             log.warning("no cgroup v2 hierarchy is mounted: local sockets cannot be told apart and count as unknown")
-        try:
-            if bpf.ensure_bpffs(options.bpffs):
-                log.info("mounted a bpffs for %s", options.bpffs)
-            report = bpf.load(options.bpffs, loader=options.loader)
-            kernel = stack.enter_context(bpf.KernelState(report))
-            reader = stack.enter_context(bpf.EventReader(kernel.maps["events"]))
-        except bpf.BpfError as error:
-            raise UnsupportedHostError(str(error)) from None
-        absent = REQUIRED_PROGRAMS - kernel.programs.keys()
-        if absent:
-            reasons = "; ".join(f"{name}: {report.refused.get(name, 'not in the object')}" for name in sorted(absent))
-            raise UnsupportedHostError(f"this kernel refuses BPF programs that learning needs: {reasons}")
-        for program, why in report.refused.items():
-            log.warning("this kernel does not take the BPF program %s: %s", program, why)
+        kernel = stack.enter_context(_open_kernel(options))
+        reader = stack.enter_context(bpf.EventReader(kernel.maps["events"]))
         links = stack.enter_context(netlink.Netlink())
         audit_log = stack.enter_context(AuditLog(policy.audit_file))
         enforcement = Enforcement(
@@ -93,16 +76,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
 
         ended: asyncio.Future[None] = loop.create_future()
         _end_on_failure(loop, ended)
-        if ruleset.Feature.AUDIT in capabilities.features:
-            try:
-                enforcement.reports = stack.enter_context(nflog.RefusalReader(enforcement.auditor.refused_packets))
-            except nflog.NflogError as error:
-                log.warning("refused packets are counted and not audited: %s", error)
-        else:
-            log.warning(
-                "refused packets are logged by the kernel, a few a second, and not audited: it lacks %s",
-                ruleset.Feature.AUDIT.kernel_option,
-            )
+        enforcement.reports = _hear_refusals(stack, capabilities, enforcement)
         loop.add_reader(reader.fileno(), enforcement.take_events, reader)
         stack.callback(loop.remove_reader, reader.fileno())
         if cgroup is not None:
@@ -111,7 +85,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
         resolver_files = procfs.RESOLV_CONF, *procfs.UPSTREAM_RESOLV_CONFS
         stack.enter_context(procfs.FileWatch(resolver_files, enforcement.follow_resolvers))
         await enforcement.start()
-        bpf.remove_other_generations(report)
+        bpf.remove_other_generations(kernel.report)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _end, ended)
         loop.add_signal_handler(signal.SIGHUP, enforcement.reload, read_policy)
@@ -131,6 +105,53 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
                     task.cancel()
         enforcement.save()
         log.info("stopped; what the kernel was told stays in force, `registry-enforcer remove` takes it out")
+
+
+def _probe(firewall: nft.Nft) -> ruleset.Capabilities:
+    """What this kernel's nf_tables has; UnsupportedHostError without what every ruleset needs."""
+    capabilities = firewall.probe()
+    if capabilities.missing:
+        lacking = ", ".join(f"{feature.name.lower()} ({feature.kernel_option})" for feature in capabilities.missing)
+        raise UnsupportedHostError(
+            f"this kernel's nf_tables lacks {lacking}; load the modules or boot a kernel that has them"
+        )
+    return capabilities
+
+
+def _open_kernel(options: Options) -> bpf.KernelState:
+    """The BPF programs and maps, loaded or an earlier daemon's; UnsupportedHostError without those that learn."""
+    try:
+        if bpf.ensure_bpffs(options.bpffs):
+            log.info("mounted a bpffs for %s", options.bpffs)
+        report = bpf.load(options.bpffs, loader=options.loader)
+        kernel = bpf.KernelState(report)
+    except bpf.BpfError as error:
+        raise UnsupportedHostError(str(error)) from None
+    absent = REQUIRED_PROGRAMS - kernel.programs.keys()
+    if absent:
+        kernel.close()
+        reasons = "; ".join(f"{name}: {report.refused.get(name, 'not in the object')}" for name in sorted(absent))
+        raise UnsupportedHostError(f"this kernel refuses BPF programs that learning needs: {reasons}")
+    for program, why in report.refused.items():
+        log.warning("this kernel does not take the BPF program %s: %s", program, why)
+    return kernel
+
+
+def _hear_refusals(
+    stack: contextlib.ExitStack, capabilities: ruleset.Capabilities, enforcement: Enforcement
+) -> nflog.RefusalReader | None:
+    """The reader of what the table reports; None where the kernel or somebody else's reader stands in the way."""
+    if ruleset.Feature.AUDIT not in capabilities.features:
+        log.warning(
+            "refused packets are logged by the kernel, a few a second, and not audited: it lacks %s",
+            ruleset.Feature.AUDIT.kernel_option,
+        )
+        return None
+    try:
+        return stack.enter_context(nflog.RefusalReader(enforcement.auditor.refused_packets))
+    except nflog.NflogError as error:
+        log.warning("refused packets are counted and not audited: %s", error)
+        return None
 
 
 def _end_on_failure(loop: asyncio.AbstractEventLoop, ended: asyncio.Future[None]) -> None:
