@@ -21,6 +21,8 @@ import pytest
 
 from enforcer import bpf, kernel_abi
 from enforcer.bpf import CgroupHook, KernelState, Loader
+from enforcer.enforcement import name_map
+from enforcer.policy import parse
 
 pytestmark = pytest.mark.root
 
@@ -470,6 +472,18 @@ def test_100000_names_are_written_in_under_two_seconds(kernel: KernelState) -> N
     print(f"{seconds:.2f} s")
     assert kernel.maps["names"].lookup(names[-1][0]) == names[-1][1]
     assert seconds < 2
+
+
+@pytest.mark.slow
+def test_policy_of_100000_names_is_parsed_and_loaded_in_under_three_seconds(kernel: KernelState) -> None:
+    hosts = ", ".join(f'"host-{number}.registry.example"' for number in range(100_000))
+    text = f'[[registry]]\nname = "corp"\nhosts = [{hosts}]\n'
+    started = time.process_time()  # of the work itself, whatever else the machine does
+    wanted = name_map(parse(text, "policy.toml"))
+    kernel.maps["names"].replace_all(wanted)
+    seconds = time.process_time() - started
+    assert sum(1 for _ in kernel.maps["names"].items()) == len(wanted) == 100_000
+    assert seconds < 3, seconds
 
 
 def test_packet_run_returns_verdict_mark_and_packet(kernel: KernelState) -> None:
