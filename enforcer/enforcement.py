@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -52,10 +53,12 @@ from enforcer.kernel_abi import DnsEvent, MarkedScope, Outcome, Protocol, RangeC
 from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, may_teach, permitted
 from enforcer.policy import (
     Address,
+    HostPattern,
     Mode,
     NameIndex,
     Policy,
     PolicyError,
+    Rule,
     RuleKind,
     name_permissions,
     pattern_id,
@@ -279,12 +282,11 @@ class Enforcement:
             pattern = patterns.get(taught_by)
             found = False
             if pattern is not None and expires_ns > self._kernel.now_ns():
-                for rule, matched in self.index.covering(pattern.name, wildcard=pattern.wildcard):
-                    if port in rule.ports:
-                        found = True
-                        entries.append(
-                            LearnedAddress(address, port, str(pattern), rule.name, matched, expires_ns / NANOSECONDS)
-                        )
+                for rule, matched in self._holders(self.index, pattern, (address, port)):
+                    found = True
+                    entries.append(
+                        LearnedAddress(address, port, str(pattern), rule.name, matched, expires_ns / NANOSECONDS)
+                    )
             if not found:
                 learned.delete(key)
         if entries:
@@ -302,20 +304,33 @@ class Enforcement:
         entries = []
         for entry in saved:
             left = min(entry.expires_at - wall_clock, kernel_abi.LIFETIME_CEILING_SECONDS)  # the clock may have stepped
-            matches = [
-                (rule, pattern)
-                for rule, pattern in self.index.covering(entry.pattern.name, wildcard=entry.pattern.wildcard)
-                if (rule.name, pattern) == (entry.rule, entry.pattern) and entry.port in rule.ports
-            ]
-            if matches and left > 0 and may_teach(self._classify(entry.address), matches[0][0]):
+            if left > 0 and self._still_held(self.index, entry):
                 entries.append(
                     LearnedAddress(entry.address, entry.port, entry.name, entry.rule, entry.pattern, now + left)
                 )
         self.learned.learn(entries)
 
+    def _holders(
+        self, index: NameIndex, pattern: HostPattern, destination: Destination
+    ) -> Iterator[tuple[Rule, HostPattern]]:
+        """The rules of a policy, and their patterns, that permit `destination` for every name that `pattern` covers."""
+        address, port = destination
+        for rule, covering in index.covering(pattern.name, wildcard=pattern.wildcard):
+            if port in rule.ports and may_teach(self._classify(address), rule):
+                yield rule, covering
+
+    def _still_held(self, index: NameIndex, entry: LearnedAddress | state.SavedAddress) -> bool:
+        """Whether the policy of `index` would permit `entry` for the same reason."""
+        holders = self._holders(index, entry.pattern, (entry.address, entry.port))
+        return any((rule.name, pattern) == (entry.rule, entry.pattern) for rule, pattern in holders)
+
+    def _wall_clock_offset(self) -> float:
+        """What makes Unix seconds of seconds on the clock of the BPF programs, now."""
+        return time.time() - self._kernel.now_ns() / NANOSECONDS
+
     def save(self) -> None:
         """Write the state file; a failure is logged once and enforcement goes on."""
-        wall_clock_offset = time.time() - self._kernel.now_ns() / NANOSECONDS
+        wall_clock_offset = self._wall_clock_offset()
         try:
             state.save(
                 self.options.state_dir,
@@ -648,16 +663,7 @@ class Enforcement:
         narrowed = [key for key, value in before.items() if after.get(key) != value]
         for key in narrowed:
             names.delete(key)
-
-        def still_allowed(entry: LearnedAddress) -> bool:
-            return any(
-                (rule.name, pattern) == (entry.rule, entry.pattern)
-                and entry.port in rule.ports
-                and may_teach(self._classify(entry.address), rule)
-                for rule, pattern in index.covering(entry.pattern.name, wildcard=entry.pattern.wildcard)
-            )
-
-        kept, changes = self.learned.narrowed(still_allowed)
+        kept, changes = self.learned.narrowed(functools.partial(self._still_held, index))
         assert self.plan is not None
         self._redirected = set(ruleset.Redirected)  # the operator may have let them in
         self._stop_vouching(changes.withdraw)
@@ -801,7 +807,7 @@ class Enforcement:
     def status(self) -> dict[str, Any]:
         """Everything an operator asks first. Times are Unix seconds."""
         assert self.plan is not None
-        wall_clock_offset = time.time() - self._kernel.now_ns() / NANOSECONDS
+        wall_clock_offset = self._wall_clock_offset()
         counters = self._firewall.counters()
         return {
             "state": "enforcing" if self.policy.mode is Mode.ENFORCE else "observing",
