@@ -38,7 +38,7 @@ from enforcer.audit_record import (
     as_line,
     as_sentence,
 )
-from enforcer.auditing import NAME_SECONDS, Auditor
+from enforcer.auditing import NAME_SECONDS, REPORT_SECONDS, Auditor
 from enforcer.cli import EXIT_NOT_RUNNING, main
 from enforcer.denial import Answered, Refusal
 from enforcer.kernel_abi import MarkedScope, Protocol
@@ -476,7 +476,7 @@ def audited(*events: tuple[float, object], responding: bool = True) -> list[dict
                 auditor.answered(event)
             elif isinstance(event, Report):
                 auditor.refused_packets([event])
-        await later(lambda: auditor.recent.last, NAME_SECONDS + 1)
+        await later(lambda: auditor.recent.last, max(NAME_SECONDS, REPORT_SECONDS) + 1)
         await asyncio.sleep(0.05)
         records = auditor.recent.after(0, 100)[1]
         task.cancel()
@@ -494,8 +494,9 @@ def test_packet_and_answer_make_one_record() -> None:
     assert record["count"] == 1
 
 
-def test_answer_may_come_before_the_report_of_its_packet() -> None:
-    (record,) = audited((0, REFUSAL), (0.1, REPORT))
+@pytest.mark.parametrize("later", [0.1, 1.2])
+def test_answer_may_come_before_the_report_of_its_packet(later: float) -> None:
+    (record,) = audited((0, REFUSAL), (later, REPORT))
     assert (record["name"], record["scope"], record["reference"], record["count"]) == (
         "evil.test",
         "engine",
