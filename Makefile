@@ -47,7 +47,7 @@ build/%.bpf.o: $(BPF_SOURCES)
 	@mkdir -p build
 	@$(CLANG) $(BPF_FLAGS) -I/usr/include/$(MULTIARCH) -c bpf/enforcer.bpf.c -o $@
 
-build/enforcer-legacy.bpf.o: BPF_FLAGS += -DLEGACY_EVENTS
+build/enforcer-legacy.bpf.o: BPF_FLAGS += -DLEGACY_KERNEL
 
 wheel: setup ## a wheel with the BPF objects and their source in it, in dist/
 	@rm -rf enforcer/objects build/lib build/bdist.*

@@ -6,11 +6,11 @@
  *
  *	clang -target bpf -mcpu=v2 -O2 -g -Wall -Werror -I/usr/include/$(gcc -dumpmachine) \
  *		-c bpf/enforcer.bpf.c -o build/enforcer.bpf.o
- *	... -DLEGACY_EVENTS -c bpf/enforcer.bpf.c -o build/enforcer-legacy.bpf.o	(kernels before 5.8)
+ *	... -DLEGACY_KERNEL -c bpf/enforcer.bpf.c -o build/enforcer-legacy.bpf.o	(kernels before 5.8)
  *
  * On the host by bcc, which defines BPF_TABLE before the first line of ours:
  *
- *	BPF(src_file="bpf/enforcer.bpf.c", cflags=["-I<bpf>"])	(and "-DLEGACY_EVENTS" as above)
+ *	BPF(src_file="bpf/enforcer.bpf.c", cflags=["-I<bpf>"])	(and "-DLEGACY_KERNEL" as above)
  *
  * Only UAPI headers, no CO-RE, no .rodata: no string literals, no initialisers of structures (libbpf fails on .rodata
  * on 5.4 and on WSL 2's 5.10). Bounded loops and the size of the programs need 5.3.
@@ -40,7 +40,7 @@
 #define HASH_MAP(name, key, value, entries)    BPF_TABLE("hash", key, value, name, entries)
 #define LRU_MAP(name, key, value, entries)     BPF_TABLE("lru_hash", key, value, name, entries)
 #define LPM_MAP(name, key, value, entries)     BPF_LPM_TRIE(name, key, value, entries)
-#ifdef LEGACY_EVENTS
+#ifdef LEGACY_KERNEL
 #define EVENT_MAP(name, bytes) BPF_PERF_OUTPUT(name)
 #else
 #define EVENT_MAP(name, bytes) BPF_RINGBUF_OUTPUT(name, (bytes) / 4096)
@@ -73,7 +73,7 @@
 #define LRU_MAP(name, key, value, entries)     KEYED_MAP(BPF_MAP_TYPE_LRU_HASH, name, key, value, entries, 0)
 #define LPM_MAP(name, key, value, entries)                                                                             \
 	KEYED_MAP(BPF_MAP_TYPE_LPM_TRIE, name, key, value, entries, BPF_F_NO_PREALLOC)
-#ifdef LEGACY_EVENTS
+#ifdef LEGACY_KERNEL
 #define EVENT_MAP(name, bytes)                                                                                         \
 	struct {                                                                                                       \
 		__uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY);                                                           \
@@ -92,7 +92,7 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 
 #endif /* libbpf */
 
-#ifdef LEGACY_EVENTS
+#ifdef LEGACY_KERNEL
 #define now_ns() bpf_ktime_get_ns() /* CLOCK_MONOTONIC */
 #else
 #define now_ns() bpf_ktime_get_boot_ns() /* CLOCK_BOOTTIME: goes on while the host sleeps, as a TTL does; 5.8 */

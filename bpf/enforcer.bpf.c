@@ -8,6 +8,7 @@
  *	gate		tc ingress of every other interface, ports of internal bridges among them
  *	connect4 ...	cgroup hooks; _pidns: where bpf_get_ns_current_pid_tgid is allowed in them (6.10)
  *	sock_create	cgroup hook: the scope of raw sockets and of first UDP packets
+ *	stamp_...	cgroup hook, and sock_ops: in place of the hooks above where those may not set a mark (before 5.8)
  *
  * Each loads alone: where a kernel refuses one, the others still serve.
  */
@@ -34,7 +35,7 @@ INLINE struct learned_value *find_learned(struct learned_key *key) { return lear
 INLINE int learn_address(struct learned_key *key, struct learned_value *value) { return learned.update(key, value); }
 INLINE struct connect_value *find_connect(struct connect_key *key) { return connects.lookup(key); }
 INLINE int remember_connect(struct connect_key *key, struct connect_value *value) { return connects.update(key, value); }
-#ifdef LEGACY_EVENTS
+#ifdef LEGACY_KERNEL
 INLINE int send_event(void *context, void *event, __u32 size) { return events.perf_submit(context, event, size); }
 #else
 INLINE int send_event(void *context, void *event, __u32 size) { return events.ringbuf_output(event, size, 0); }
@@ -55,7 +56,7 @@ INLINE struct learned_value *find_learned(struct learned_key *key) { return bpf_
 INLINE int learn_address(struct learned_key *key, struct learned_value *value) { return bpf_map_update_elem(&learned, key, value, BPF_ANY); }
 INLINE struct connect_value *find_connect(struct connect_key *key) { return bpf_map_lookup_elem(&connects, key); }
 INLINE int remember_connect(struct connect_key *key, struct connect_value *value) { return bpf_map_update_elem(&connects, key, value, BPF_ANY); }
-#ifdef LEGACY_EVENTS
+#ifdef LEGACY_KERNEL
 INLINE int send_event(void *context, void *event, __u32 size) { return bpf_perf_event_output(context, &events, BPF_F_CURRENT_CPU, event, size); }
 #else
 INLINE int send_event(void *context, void *event, __u32 size) { return bpf_ringbuf_output(&events, event, size, 0); }
@@ -65,6 +66,9 @@ INLINE int send_event(void *context, void *event, __u32 size) { return bpf_ringb
 
 #include "gate.h"
 #include "dns.h"
+#ifdef LEGACY_KERNEL
+#include "legacy.h"
+#endif
 
 PROGRAM("tc")
 int learn(struct __sk_buff *skb)
@@ -168,3 +172,39 @@ int sock_create(struct bpf_sock *socket)
 		socket->mark = (socket->mark & ~settings->mark_mask) | scope_of_current(settings, 0);
 	return 1;
 }
+
+#ifdef LEGACY_KERNEL
+PROGRAM("cgroup/sock_create")
+int stamp_host(struct bpf_sock *socket)
+{
+	struct settings *settings = find_settings();
+
+	return settings && settings->configured ? stamp_socket(socket, settings->mark_host, settings) : 1;
+}
+
+PROGRAM("cgroup/sock_create")
+int stamp_engine(struct bpf_sock *socket)
+{
+	struct settings *settings = find_settings();
+
+	return settings && settings->configured ? stamp_socket(socket, settings->mark_engine, settings) : 1;
+}
+
+PROGRAM("cgroup/sock_create")
+int stamp_container(struct bpf_sock *socket)
+{
+	struct settings *settings = find_settings();
+
+	return settings && settings->configured ? stamp_socket(socket, settings->mark_container, settings) : 1;
+}
+
+PROGRAM("sockops")
+int sock_ops(struct bpf_sock_ops *context)
+{
+	struct settings *settings = find_settings();
+
+	if (settings && settings->configured && context->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+		vouch_for_connection(context, settings);
+	return 1;
+}
+#endif

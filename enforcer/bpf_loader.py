@@ -181,7 +181,7 @@ class BccUnit:
             system = "/usr/include", f"/usr/include/{sysconfig.get_config_var('MULTIARCH')}", tree
             flags = [f"-I{source.parent}", *(f"-idirafter{directory}" for directory in system)]
             try:
-                self._module = compile_unit(src_file=str(source), cflags=flags + ["-DLEGACY_EVENTS"] * legacy)
+                self._module = compile_unit(src_file=str(source), cflags=flags + ["-DLEGACY_KERNEL"] * legacy)
             except Exception as error:  # bcc raises nothing else; the cause is on standard error
                 raise bpf.BpfError(str(error)) from error
         module, names = self._module.module, self._libbcc.bpf_function_name

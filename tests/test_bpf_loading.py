@@ -45,14 +45,14 @@ EVENT_MAP(events, EVENT_BYTES);
 
 #ifdef BUILT_BY_BCC
 static __u64 *find_counter(__u32 *key) { return counters.lookup(key); }
-#ifdef LEGACY_EVENTS
+#ifdef LEGACY_KERNEL
 static void report(struct __sk_buff *skb, __u64 *event) { events.perf_submit(skb, event, sizeof(*event)); }
 #else
 static void report(struct __sk_buff *skb, __u64 *event) { events.ringbuf_output(event, sizeof(*event), 0); }
 #endif
 #else
 INLINE __u64 *find_counter(__u32 *key) { return bpf_map_lookup_elem(&counters, key); }
-#ifdef LEGACY_EVENTS
+#ifdef LEGACY_KERNEL
 INLINE void report(struct __sk_buff *skb, __u64 *event)
 {
 	bpf_perf_event_output(skb, &events, BPF_F_CURRENT_CPU, event, sizeof(*event));
@@ -144,7 +144,7 @@ def unit(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     source.write_text(UNIT)
     objects = [directory / "enforcer.bpf.o", directory / "enforcer-legacy.bpf.o"]
     multiarch = subprocess.check_output(["clang", "-print-multiarch"], text=True).strip()
-    for path, flags in zip(objects, ([], ["-DLEGACY_EVENTS"]), strict=True):
+    for path, flags in zip(objects, ([], ["-DLEGACY_KERNEL"]), strict=True):
         clang = ["clang", "-target", "bpf", "-mcpu=v2", "-O2", "-g", f"-I/usr/include/{multiarch}", *flags]
         subprocess.run([*clang, "-c", source, "-o", path], check=True)
     return lambda loader: [source] if loader is Loader.BCC else objects
