@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
  * The kernel's half of registry-enforcer: learn from DNS answers, vouch for connections, stamp whose socket it is.
- * It only ever permits; nftables refuses. A parse failure means no permission.
+ * It permits, and nftables refuses; where nftables can only drop, it says no as well. A parse failure means no
+ *permission.
  *
  *	learn		tc ingress of uplinks and lo
  *	track_query	tc egress of uplinks and lo
  *	gate		tc ingress of every other interface, ports of internal bridges among them
  *	connect4 ...	cgroup hooks; _pidns: where bpf_get_ns_current_pid_tgid is allowed in them (6.10)
  *	sock_create	cgroup hook: the scope of raw sockets and of first UDP packets
- *	stamp_...	cgroup hook, and sock_ops: in place of the hooks above where those may not set a mark (before 5.8)
+ *	stamp_...	cgroup hook, and sock_ops: in place of the hooks above where those may not set a mark
+ *(before 5.8)
  *
  * Each loads alone: where a kernel refuses one, the others still serve.
  */
@@ -35,6 +37,10 @@ INLINE struct learned_value *find_learned(struct learned_key *key) { return lear
 INLINE int learn_address(struct learned_key *key, struct learned_value *value) { return learned.update(key, value); }
 INLINE struct connect_value *find_connect(struct connect_key *key) { return connects.lookup(key); }
 INLINE int remember_connect(struct connect_key *key, struct connect_value *value) { return connects.update(key, value); }
+INLINE __u32 *find_level(__u32 *key) { return levels.lookup(key); }
+INLINE __u8 *find_registry_port(__u32 *key) { return registry_ports.lookup(key); }
+INLINE __u8 *find_listed(struct listed_key *key) { return listed.lookup(key); }
+INLINE __u64 *find_refusals(__u32 *key) { return refusals.lookup(key); }
 #ifdef LEGACY_KERNEL
 INLINE int send_event(void *context, void *event, __u32 size) { return events.perf_submit(context, event, size); }
 #else
@@ -56,6 +62,10 @@ INLINE struct learned_value *find_learned(struct learned_key *key) { return bpf_
 INLINE int learn_address(struct learned_key *key, struct learned_value *value) { return bpf_map_update_elem(&learned, key, value, BPF_ANY); }
 INLINE struct connect_value *find_connect(struct connect_key *key) { return bpf_map_lookup_elem(&connects, key); }
 INLINE int remember_connect(struct connect_key *key, struct connect_value *value) { return bpf_map_update_elem(&connects, key, value, BPF_ANY); }
+INLINE __u32 *find_level(__u32 *key) { return bpf_map_lookup_elem(&levels, key); }
+INLINE __u8 *find_registry_port(__u32 *key) { return bpf_map_lookup_elem(&registry_ports, key); }
+INLINE __u8 *find_listed(struct listed_key *key) { return bpf_map_lookup_elem(&listed, key); }
+INLINE __u64 *find_refusals(__u32 *key) { return bpf_map_lookup_elem(&refusals, key); }
 #ifdef LEGACY_KERNEL
 INLINE int send_event(void *context, void *event, __u32 size) { return bpf_perf_event_output(context, &events, BPF_F_CURRENT_CPU, event, size); }
 #else
@@ -64,6 +74,7 @@ INLINE int send_event(void *context, void *event, __u32 size) { return bpf_ringb
 #endif
 /* clang-format on */
 
+#include "judge.h"
 #include "gate.h"
 #include "dns.h"
 #ifdef LEGACY_KERNEL
@@ -112,6 +123,10 @@ int gate(struct __sk_buff *skb)
 	skb->mark |= settings->mark_container;
 	if (may_pass(&scratch->packet, &scratch->learned_key))
 		skb->mark |= settings->mark_vouched;
+	else if (settings->judging && is_first(&scratch->packet) &&
+		 is_refused(&scratch->learned_key, settings->mark_container, IPPROTO_TCP, settings) &&
+		 settings->judging == JUDGING_REFUSE)
+		return answer_with_reset(skb, &scratch->packet);
 	return TC_ACT_UNSPEC;
 }
 
@@ -168,7 +183,7 @@ int sock_create(struct bpf_sock *socket)
 {
 	struct settings *settings = find_settings();
 
-	if (settings && settings->configured && bpf_get_netns_cookie(socket) == enforced_netns(settings))
+	if (settings && settings->configured && is_enforced_netns(bpf_get_netns_cookie(socket), settings))
 		socket->mark = (socket->mark & ~settings->mark_mask) | scope_of_current(settings, 0);
 	return 1;
 }

@@ -16,13 +16,6 @@ INLINE void clear_mark(struct __sk_buff *skb, struct settings *settings)
 		skb->mark &= ~settings->mark_mask;
 }
 
-INLINE int is_learned(struct learned_key *key)
-{
-	struct learned_value *learned = find_learned(key);
-
-	return learned && learned->expires_at > now_ns();
-}
-
 /* Whether an answer taught where this TCP packet of a container goes. Any segment, not the first only: a connection
  * that waited for its answer gets through when it sends its SYN again. */
 INLINE int may_pass(struct packet *packet, struct learned_key *key)
@@ -79,9 +72,11 @@ INLINE void mark_socket(struct bpf_sock_addr *context, struct settings *settings
 }
 
 /* User space cannot ask for a cookie before 5.14; the helper, since 5.7, knows the initial namespace by itself. */
-INLINE __u64 enforced_netns(struct settings *settings)
+INLINE int is_enforced_netns(__u64 cookie, struct settings *settings)
 {
-	return settings->netns_cookie ? settings->netns_cookie : bpf_get_netns_cookie(0);
+	if (settings->netns_cookie == NETNS_ANY)
+		return 1;
+	return cookie == (settings->netns_cookie ? settings->netns_cookie : bpf_get_netns_cookie(0));
 }
 
 /* The hooks' settings, or NULL for a socket that is none of ours: those of other network namespaces pass the gate. */
@@ -89,7 +84,7 @@ INLINE struct settings *settings_for(struct bpf_sock_addr *context)
 {
 	struct settings *settings = find_settings();
 
-	if (!settings || !settings->configured || bpf_get_netns_cookie(context) != enforced_netns(settings))
+	if (!settings || !settings->configured || !is_enforced_netns(bpf_get_netns_cookie(context), settings))
 		return 0;
 	return settings;
 }
@@ -170,12 +165,15 @@ INLINE int mark_connect(struct bpf_sock_addr *context, int ipv6, int look_at_pid
 		ipv6_destination(&key, context);
 	else
 		ipv4_destination(&key, context);
-	if (context->protocol == IPPROTO_TCP && is_learned(&key))
-		bits |= settings->mark_vouched;
-	else
-		note_connect(&key, context->protocol, bits, settings, look_at_pidns);
+	if (context->protocol == IPPROTO_TCP && is_learned(&key)) {
+		mark_socket(context, settings, bits | settings->mark_vouched);
+		return 1;
+	}
+	note_connect(&key, context->protocol, bits, settings, look_at_pidns);
 	mark_socket(context, settings, bits);
-	return 1;
+	/* 0 is EPERM. The scope is in the mark all the same: nothing rests on this answer. */
+	return !(settings->judging && is_refused(&key, bits, context->protocol, settings) &&
+		 settings->judging == JUDGING_REFUSE);
 }
 
 /* Scope only: the mark of an unconnected UDP socket is one packet late, so it may never vouch. */

@@ -47,6 +47,9 @@ INLINE void vouch_for_connection(struct bpf_sock_ops *context, struct settings *
 	mark = socket->mark & ~settings->mark_vouched;
 	if (is_learned(&key))
 		mark |= settings->mark_vouched;
+	else if (settings->judging)
+		is_refused(&key, mark & settings->mark_mask, IPPROTO_TCP,
+			   settings); /* counts; no answer is heeded here */
 	bpf_setsockopt(context, SOL_SOCKET_LEVEL, SO_MARK_OPTION, &mark, sizeof(mark));
 }
 

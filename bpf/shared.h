@@ -13,6 +13,8 @@
 #define MAX_LEARNED 65536
 #define MAX_PROGRAM_NAMES 256
 #define MAX_CGROUPS 16384
+#define MAX_REGISTRY_PORTS 1024
+#define MAX_LISTED 16384
 #define MAX_CONNECTS 8192
 #define EVENT_BYTES 1048576
 #define COMM_BYTES 16
@@ -31,6 +33,16 @@
 
 #define RANGE_NEVER 1
 #define RANGE_PRIVATE 2
+
+#define JUDGING_NOT 0
+#define JUDGING_COUNT 1
+#define JUDGING_REFUSE 2
+#define JUDGED_NONE 0
+#define JUDGED_REGISTRY 1
+#define JUDGED_EVERY 2
+#define NETNS_ANY 0xffffffffffffffffULL
+#define SCOPE_SHIFT 29
+#define SCOPES 4
 
 /* Key of `names`: a reversed, lower-case name. Exact: all of it and a NUL. Wildcard *.x: reversed x and a dot. */
 struct name_key {
@@ -89,6 +101,19 @@ _Static_assert(sizeof(struct query) == 16, "size of query");
 _Static_assert(__builtin_offsetof(struct query, question_hash) == 0, "query.question_hash");
 _Static_assert(__builtin_offsetof(struct query, asked_at) == 8, "query.asked_at");
 
+/* Key of `listed`, an address that the policy names; there is no value to speak of. */
+struct listed_key {
+	__u32 prefix_bits; /* 32 for the port, and those of the mapped address that count */
+	__u16 port; /* host order */
+	__u16 padding; /* zero */
+	__u8 address[16]; /* network order, IPv4 mapped */
+};
+_Static_assert(sizeof(struct listed_key) == 24, "size of listed_key");
+_Static_assert(__builtin_offsetof(struct listed_key, prefix_bits) == 0, "listed_key.prefix_bits");
+_Static_assert(__builtin_offsetof(struct listed_key, port) == 4, "listed_key.port");
+_Static_assert(__builtin_offsetof(struct listed_key, padding) == 6, "listed_key.padding");
+_Static_assert(__builtin_offsetof(struct listed_key, address) == 8, "listed_key.address");
+
 /* Key of `learned`: where a connection may go. */
 struct learned_key {
 	__u8 address[16]; /* network order, IPv4 mapped */
@@ -116,7 +141,7 @@ struct settings {
 	__u64 lifetime_ceiling; /* nanoseconds */
 	__u64 refresh_margin; /* nanoseconds */
 	__u64 query_window; /* nanoseconds */
-	__u64 netns_cookie; /* of the namespace that is enforced (0: the initial one); sockets of others are left alone */
+	__u64 netns_cookie; /* of the namespace that is enforced; sockets of others are left alone. 0: the initial one; NETNS_ANY: all */
 	__u64 pidns_device; /* st_dev of /proc/1/ns/pid as the kernel counts it; 0: not known */
 	__u64 pidns_inode; /* st_ino of the same */
 	__u32 mark_mask; /* our bits; others survive */
@@ -125,8 +150,10 @@ struct settings {
 	__u32 mark_engine; /* scope bits: engine */
 	__u32 mark_container; /* scope bits: container */
 	__u32 configured; /* 1 when the above counts */
+	__u32 judging; /* JUDGING_* */
+	__u32 observing; /* 1: mode observe, which has counters of its own */
 };
-_Static_assert(sizeof(struct settings) == 88, "size of settings");
+_Static_assert(sizeof(struct settings) == 96, "size of settings");
 _Static_assert(__builtin_offsetof(struct settings, question_key) == 0, "settings.question_key");
 _Static_assert(__builtin_offsetof(struct settings, lifetime_floor) == 8, "settings.lifetime_floor");
 _Static_assert(__builtin_offsetof(struct settings, lifetime_ceiling) == 16, "settings.lifetime_ceiling");
@@ -141,6 +168,8 @@ _Static_assert(__builtin_offsetof(struct settings, mark_host) == 72, "settings.m
 _Static_assert(__builtin_offsetof(struct settings, mark_engine) == 76, "settings.mark_engine");
 _Static_assert(__builtin_offsetof(struct settings, mark_container) == 80, "settings.mark_container");
 _Static_assert(__builtin_offsetof(struct settings, configured) == 84, "settings.configured");
+_Static_assert(__builtin_offsetof(struct settings, judging) == 88, "settings.judging");
+_Static_assert(__builtin_offsetof(struct settings, observing) == 92, "settings.observing");
 
 /* Head of an event; `wire_length` bytes of the DNS message follow. */
 struct dns_event {

@@ -73,6 +73,7 @@ class ProgramType(enum.IntEnum):
 
     SCHED_CLS = 3
     CGROUP_SOCK = 9
+    SOCK_OPS = 13
     CGROUP_SOCK_ADDR = 18
 
 
@@ -80,6 +81,7 @@ class CgroupHook(enum.IntEnum):
     """enum bpf_attach_type; a member's name in lower case is the program's name."""
 
     SOCK_CREATE = 2
+    SOCK_OPS = 3
     CONNECT4 = 10
     CONNECT6 = 11
     SENDMSG4 = 14
@@ -519,6 +521,8 @@ def remove(bpffs: Path, cgroup: Path) -> list[Path]:
     tc filters hold programs of their own: they stay until they are deleted.
     """
     removed = []
+    if any(bpffs.glob(f"generation-*/programs/{_STAMP}*")):
+        _remove_stamps(cgroup)
     for directory in bpffs / "links", bpffs / "attached":
         if directory.is_dir():
             for path in sorted(directory.iterdir()):
@@ -697,6 +701,48 @@ def _detach_program(fd: int, cgroup_fd: int, hook: CgroupHook) -> None:
 def _pin_in(fd: int, path: Path) -> None:
     path.parent.mkdir(mode=0o700, exist_ok=True)
     pin(fd, path)
+
+
+# --- stamps: a program for each scope, attached to the cgroups of that scope; before 5.8 -----------------------------
+_STAMP = "stamp_"
+_PROG_GET_FD_BY_ID = 13
+
+
+def stamp_cgroup(program: Program | None, cgroup: Path) -> bool:
+    """Attaches `program` (stamp_...) to the v2 cgroup, in place of any other stamp; None: takes it away.
+
+    Connections never find the cgroup without a stamp in between. False if there is no such cgroup. Raises BpfError.
+    """
+    try:
+        with _opened_cgroup(cgroup) as cgroup_fd:
+            hook = CgroupHook.SOCK_CREATE
+            present = [number for number in _attached(cgroup_fd, hook) if _is_stamp(number)]
+            if program is not None and program.id not in present:
+                call(_PROG_ATTACH, packed("IIIII", cgroup_fd, program.fd, hook, _F_ALLOW_MULTI, 0))
+            for number in present:
+                if program is None or number != program.id:
+                    with _opened(_program_by_id(number)) as fd:
+                        _detach_program(fd, cgroup_fd, hook)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        name = "stamps" if program is None else program.name
+        raise BpfError(f"{name} cannot be attached to cgroup {cgroup}: {error.strerror}") from error
+    return True
+
+
+def _program_by_id(number: int) -> int:
+    return call(_PROG_GET_FD_BY_ID, packed("III", number, 0, 0))
+
+
+def _is_stamp(number: int) -> bool:
+    with _opened(_program_by_id(number)) as fd:
+        return _object_info(fd, 232)[64:80].startswith(_STAMP.encode())  # struct bpf_prog_info, name
+
+
+def _remove_stamps(cgroup: Path) -> None:
+    for directory, _, _ in os.walk(cgroup):
+        stamp_cgroup(None, Path(directory))
 
 
 # --- events ----------------------------------------------------------------------------------------------------------

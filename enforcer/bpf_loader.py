@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import bpf
+from . import bpf, ladder
 
 _PR_SET_PDEATHSIG = 1
 _LOG_BYTES = 0xFFFFFF  # the most that kernels before 5.8 accept: UINT_MAX >> 8, kernel/bpf/verifier.c
@@ -193,13 +193,7 @@ class BccUnit:
 
     def load(self, symbol: str) -> int:
         """See Unit."""
-        name = symbol.removesuffix(_VARIANT_SUFFIX)
-        if name in {hook.name.lower() for hook in bpf.CgroupHook}:
-            attach_type = bpf.CgroupHook[name.upper()].value
-            is_socket = attach_type == bpf.CgroupHook.SOCK_CREATE
-            program_type = bpf.ProgramType.CGROUP_SOCK if is_socket else bpf.ProgramType.CGROUP_SOCK_ADDR
-        else:
-            attach_type, program_type = 0, bpf.ProgramType.SCHED_CLS
+        program_type, attach_type = _kind(symbol.removesuffix(_VARIANT_SUFFIX))
         instructions = bytearray(self._module.dump_func(symbol.encode()))
         licence = bytearray(self._libbcc.bpf_module_license(self._module.module) + b"\0")
         log = mmap.mmap(-1, _LOG_BYTES)
@@ -214,6 +208,21 @@ class BccUnit:
             except OSError as error:
                 refusal = error
         raise _refusal_or(refusal, log) from refusal
+
+
+def _kind(name: str) -> tuple[bpf.ProgramType, int]:
+    """Type and attach type of a program, which bcc does not read from its section."""
+    if name in ladder.STAMPS:
+        return bpf.ProgramType.CGROUP_SOCK, bpf.CgroupHook.SOCK_CREATE
+    if name.upper() not in bpf.CgroupHook.__members__:
+        return bpf.ProgramType.SCHED_CLS, 0
+    hook = bpf.CgroupHook[name.upper()]
+    types = {
+        bpf.CgroupHook.SOCK_CREATE: bpf.ProgramType.CGROUP_SOCK,
+        bpf.CgroupHook.SOCK_OPS: bpf.ProgramType.SOCK_OPS,
+    }
+    # Before 4.17 the kernel knows no expected attach type, and of sock_ops it wants none.
+    return types.get(hook, bpf.ProgramType.CGROUP_SOCK_ADDR), 0 if hook is bpf.CgroupHook.SOCK_OPS else hook
 
 
 def _import_bcc() -> tuple[Any, Any]:
@@ -254,10 +263,12 @@ def load_and_pin(loader: bpf.Loader, into: Path, inputs: list[Path]) -> None:
         bpf.pin(fd, into / "maps" / name)
     programs: dict[str, str] = {}
     refused: dict[str, str] = {}
-    # A variant before the plain program, which is not needed where the variant loads.
-    for symbol in sorted(unit.symbols, key=lambda symbol: not symbol.endswith(_VARIANT_SUFFIX)):
+    # A variant before the plain program, which is not needed where the variant loads; last what replaces the connect
+    # hooks where they do not.
+    last = ladder.STAMPS | {"sock_ops"}
+    for symbol in sorted(unit.symbols, key=lambda symbol: (symbol in last, not symbol.endswith(_VARIANT_SUFFIX))):
         name = symbol.removesuffix(_VARIANT_SUFFIX)
-        if name in programs:
+        if name in programs or (name in last and programs.keys() >= ladder.CONNECT_HOOKS):
             continue
         try:
             fd = unit.load(symbol)

@@ -15,14 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from enforcer import bpf, control, metrics, netlink, nflog, nft, procfs, responder, ruleset
+from enforcer import bpf, control, ladder, metrics, netlink, nflog, nft, procfs, responder, ruleset
 from enforcer.audit import AuditLog
 from enforcer.enforcement import Enforcement, Options, ReadPolicy, open_authority
 from enforcer.policy import Policy
 
 log = logging.getLogger("registry-enforcer")
 
-REQUIRED_PROGRAMS = frozenset({"learn", "track_query", "gate"})
 DEFAULT_BPFFS = Path("/sys/fs/bpf/registry-enforcer")
 HOUSEKEEPING_SECONDS = 1.0
 SAVE_SECONDS = 60.0
@@ -46,13 +45,16 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
     with contextlib.ExitStack() as stack:
         stack.enter_context(control.hold(options.run_dir))
         firewall = stack.enter_context(nft.Nft())
-        capabilities = _probe(firewall)
+        features = _probe(firewall)
         cgroup = options.cgroup or procfs.cgroup_root()
-        if cgroup is None:
-            log.warning("no cgroup v2 hierarchy is mounted: local sockets cannot be told apart and count as unknown")
         kernel = stack.enter_context(_open_kernel(options))
         reader = stack.enter_context(bpf.EventReader(kernel.maps["events"]))
         links = stack.enter_context(netlink.Netlink())
+        learn = kernel.programs.get("learn")
+        takes_filters = links.takes_filters(None if learn is None else learn.fd)
+        capabilities = ladder.Capabilities(features, frozenset(kernel.programs), takes_filters, cgroup is not None)
+        for shortfall in ladder.shortfalls(capabilities):
+            log.warning("%s: %s; %s", shortfall.subject, shortfall.missing, shortfall.cost)
         audit_log = stack.enter_context(AuditLog(policy.audit_file))
         enforcement = Enforcement(
             options,
@@ -64,7 +66,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             cgroup=cgroup,
             audit_log=audit_log,
         )
-        if ruleset.Feature.REDIRECT in capabilities.features:
+        if capabilities.answers:
             answering = responder.Responder(lambda: (enforcement.policy, enforcement.index), enforcement.refused)
             answering.contexts = None if authority is None else authority.context
             try:
@@ -107,15 +109,15 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
         log.info("stopped; what the kernel was told stays in force, `registry-enforcer remove` takes it out")
 
 
-def _probe(firewall: nft.Nft) -> ruleset.Capabilities:
-    """What this kernel's nf_tables has; UnsupportedHostError without what every ruleset needs."""
-    capabilities = firewall.probe()
-    if capabilities.missing:
-        lacking = ", ".join(f"{feature.name.lower()} ({feature.kernel_option})" for feature in capabilities.missing)
+def _probe(firewall: nft.Nft) -> frozenset[ladder.Feature]:
+    """What this kernel's nf_tables has; UnsupportedHostError where it cannot refuse anything."""
+    features = firewall.probe()
+    if ladder.Feature.BASE not in features:
         raise UnsupportedHostError(
-            f"this kernel's nf_tables lacks {lacking}; load the modules or boot a kernel that has them"
+            f"this kernel has no nf_tables ({ladder.Feature.BASE.kernel_option}), so nothing can be refused: "
+            "load the module (modprobe nf_tables) or boot a kernel that has it"
         )
-    return capabilities
+    return features
 
 
 def _open_kernel(options: Options) -> bpf.KernelState:
@@ -127,25 +129,16 @@ def _open_kernel(options: Options) -> bpf.KernelState:
         kernel = bpf.KernelState(report)
     except bpf.BpfError as error:
         raise UnsupportedHostError(str(error)) from None
-    absent = REQUIRED_PROGRAMS - kernel.programs.keys()
-    if absent:
-        kernel.close()
-        reasons = "; ".join(f"{name}: {report.refused.get(name, 'not in the object')}" for name in sorted(absent))
-        raise UnsupportedHostError(f"this kernel refuses BPF programs that learning needs: {reasons}")
     for program, why in report.refused.items():
-        log.warning("this kernel does not take the BPF program %s: %s", program, why)
+        log.info("this kernel does not take the BPF program %s: %s", program, why)
     return kernel
 
 
 def _hear_refusals(
-    stack: contextlib.ExitStack, capabilities: ruleset.Capabilities, enforcement: Enforcement
+    stack: contextlib.ExitStack, capabilities: ladder.Capabilities, enforcement: Enforcement
 ) -> nflog.RefusalReader | None:
     """The reader of what the table reports; None where the kernel or somebody else's reader stands in the way."""
-    if ruleset.Feature.AUDIT not in capabilities.features:
-        log.warning(
-            "refused packets are logged by the kernel, a few a second, and not audited: it lacks %s",
-            ruleset.Feature.AUDIT.kernel_option,
-        )
+    if ladder.Feature.AUDIT not in capabilities.features:
         return None
     try:
         return stack.enter_context(nflog.RefusalReader(enforcement.auditor.refused_packets))

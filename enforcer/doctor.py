@@ -15,21 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from enforcer import bpf, netlink, nft, procfs, ruleset, topology
-
-_HOOKS = {
-    "connect4": "IPv4 connections of this host's sockets",
-    "connect6": "IPv6 connections of this host's sockets",
-    "sendmsg4": "UDP over IPv4",
-    "sendmsg6": "UDP over IPv6",
-    "sock_create": "raw sockets and the first UDP packet",
-}
-
-
-_OPTIONAL_FEATURES = {
-    ruleset.Feature.AUDIT: "refusals are not audited; some are in the kernel's log, of its first network namespace",
-    ruleset.Feature.REDIRECT: "refused clients are reset, and not told by whom",
-}
+from enforcer import bpf, ladder, netlink, nft, procfs, topology
 
 
 class State(enum.Enum):
@@ -79,100 +65,80 @@ def examine(bpffs: Path, cgroup: Path | None) -> list[Finding]:
             )
         )
         return findings
-    findings += _nftables()
-    findings += _bpf(bpffs)
-    findings += _sockets(cgroup)
+    try:
+        with nft.Nft() as firewall:
+            features, present = firewall.probe(), firewall.present()
+    except (ImportError, OSError) as error:
+        findings.append(
+            Finding(
+                "nftables",
+                State.MISSING,
+                f"libnftables cannot be used: {error}",
+                "nothing can be refused",
+                "install the packages nftables and python3-nftables",
+            )
+        )
+        return findings
+    root = cgroup or procfs.cgroup_root()
+    programs, takes_filters = _try_programs(bpffs, findings)
+    capabilities = ladder.Capabilities(features, programs, takes_filters, root is not None)
+    findings += _capabilities(capabilities)
+    findings.append(Finding("table", State.OK, "in force" if present else "not there: nothing is enforced now"))
+    findings += _sockets(root)
     findings += _network()
     return findings
 
 
-def _nftables() -> Iterator[Finding]:
-    try:
-        with nft.Nft() as firewall:
-            capabilities = firewall.probe()
-            present = firewall.present()
-    except (ImportError, OSError) as error:
-        yield Finding(
-            "nftables",
-            State.MISSING,
-            f"libnftables cannot be used: {error}",
-            "nothing can be refused",
-            "install the packages nftables and python3-nftables",
-        )
-        return
-    yield from _features(capabilities)
-    yield Finding("table", State.OK, "in force" if present else "not there: nothing is enforced now")
-
-
-def _features(capabilities: ruleset.Capabilities) -> Iterator[Finding]:
-    """One finding for all features that are there, one for each that is not."""
+def _capabilities(capabilities: ladder.Capabilities) -> Iterator[Finding]:
+    """One finding for all that is there, one for each thing that is not."""
     present = sorted(feature.name.lower() for feature in capabilities.features)
     if present:
         yield Finding("nftables", State.OK, ", ".join(present))
-    for feature in capabilities.missing:
-        yield Finding(
-            f"nftables {feature.name.lower()}",
-            State.MISSING,
-            "the kernel refuses it",
-            "the ruleset cannot be loaded",
-            f"load the module or enable {feature.kernel_option}",
-        )
-    for feature, cost in _OPTIONAL_FEATURES.items():
-        if feature not in capabilities.features:
-            yield Finding(
-                f"nftables {feature.name.lower()}",
-                State.NOTE,
-                "the kernel refuses it",
-                cost,
-                f"load the module or enable {feature.kernel_option}",
-            )
+    for shortfall in ladder.shortfalls(capabilities):
+        state = State.NOTE if capabilities.enforceable else State.MISSING
+        yield Finding(shortfall.subject, state, shortfall.missing, shortfall.cost, shortfall.remedy)
 
 
-def _bpf(bpffs: Path) -> Iterator[Finding]:
+def _try_programs(bpffs: Path, findings: list[Finding]) -> tuple[frozenset[str], bool]:
+    """The BPF programs that this kernel takes, and whether tc takes them as filters; adds what there is to say."""
     trial = bpffs / f"doctor-{os.getpid()}"
     try:
         if bpf.ensure_bpffs(bpffs):
-            yield Finding("bpffs", State.OK, f"was not mounted; mounted now, for {bpffs}")
+            findings.append(Finding("bpffs", State.OK, f"was not mounted; mounted now, for {bpffs}"))
         bpf.ensure_bpffs(trial)
         report = bpf.load(trial)
+        with bpf.KernelState(report) as kernel, netlink.Netlink() as links:
+            learn = kernel.programs.get("learn")
+            takes_filters = links.takes_filters(None if learn is None else learn.fd)
     except bpf.BpfError as error:
-        yield Finding("bpf", State.MISSING, str(error), "addresses cannot be learned before the client uses them")
-        return
+        findings.append(
+            Finding("bpf", State.NOTE, str(error), "addresses cannot be learned before the client uses them")
+        )
+        return frozenset(), False
     finally:
         bpf.remove(trial, Path("/"))  # nothing of it is attached to any cgroup
-    yield Finding("bpf", State.OK, f"{', '.join(sorted(report.programs))} verified in {report.seconds:.2f} s")
-    for name, meaning in _HOOKS.items():
-        if name not in report.programs:
-            yield Finding(
-                f"bpf {name}",
-                State.NOTE,
-                f"refused: {report.refused.get(name, 'not in this build')}",
-                f"{meaning}: no scope is known, they are judged as unknown, the strictest scope in force",
-                "a kernel of 5.8 or newer has it",
-            )
+    names = ", ".join(sorted(report.programs))
+    findings.append(Finding("bpf", State.OK, f"{names} verified in {report.seconds:.2f} s"))
+    for symbol, why in report.refused.items():
+        if symbol not in report.programs and symbol.removesuffix("_pidns") not in report.programs:
+            findings.append(Finding(f"bpf {symbol}", State.NOTE, f"refused: {why}"))
     if report.programs.get("connect4", "").endswith("_pidns"):
-        yield Finding("host-network containers", State.OK, "told apart by pid namespace and cgroup")
-    elif "connect4" in report.programs:
-        yield Finding(
-            "host-network containers",
-            State.NOTE,
-            "told apart by cgroup only",
-            "on a cgroup v1 or hybrid host a --network host container counts as host",
-            'boot with systemd.unified_cgroup_hierarchy=1, or write [scope] host = "strict"',
+        findings.append(Finding("host-network containers", State.OK, "told apart by pid namespace and cgroup"))
+    elif report.programs:
+        findings.append(
+            Finding(
+                "host-network containers",
+                State.NOTE,
+                "told apart by cgroup only",
+                "on a cgroup v1 or hybrid host a --network host container counts as host",
+                'boot with systemd.unified_cgroup_hierarchy=1, or write [scope] host = "strict"',
+            )
         )
+    return frozenset(report.programs), takes_filters
 
 
-def _sockets(cgroup: Path | None) -> Iterator[Finding]:
-    root = cgroup or procfs.cgroup_root()
-    if root is None:
-        yield Finding(
-            "cgroup v2",
-            State.NOTE,
-            "not mounted",
-            "local connections have no scope and are judged as unknown, the strictest scope in force",
-            "mount it: mount -t cgroup2 none /sys/fs/cgroup/unified",
-        )
-    elif root.name == "unified":
+def _sockets(root: Path | None) -> Iterator[Finding]:
+    if root is not None and root.name == "unified":
         yield Finding(
             "cgroup v2",
             State.NOTE,
@@ -180,9 +146,9 @@ def _sockets(cgroup: Path | None) -> Iterator[Finding]:
             "engines put containers into cgroup v1; they are told apart by namespaces instead",
             "boot with systemd.unified_cgroup_hierarchy=1",
         )
-    else:
+    elif root is not None:
         yield Finding("cgroup v2", State.OK, str(root))
-    if procfs.netns_cookie() is None:
+    if procfs.netns_cookie() is None and not procfs.in_initial_netns():
         yield Finding(
             "network namespace cookie",
             State.NOTE,

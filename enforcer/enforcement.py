@@ -34,6 +34,7 @@ from enforcer import (
     conntrack,
     dns_answer,
     kernel_abi,
+    ladder,
     metrics,
     netlink,
     nflog,
@@ -49,11 +50,12 @@ from enforcer import (
 from enforcer.audit import AuditLog
 from enforcer.bpf import Loader
 from enforcer.denial import Refusal
-from enforcer.kernel_abi import DnsEvent, MarkedScope, Outcome, Protocol, RangeClass
+from enforcer.kernel_abi import DnsEvent, JudgedPorts, Judging, MarkedScope, Outcome, Protocol, RangeClass
 from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, may_teach, permitted
 from enforcer.policy import (
     Address,
     HostPattern,
+    Level,
     Mode,
     NameIndex,
     Policy,
@@ -88,6 +90,14 @@ class Options:
     metrics: tuple[str, int]
     loader: Loader
 
+
+# The scope that a packet's mark tells, by the name under which it is counted.
+MARKED = {
+    ruleset.CountedScope.UNKNOWN: MarkedScope.UNSTAMPED,
+    ruleset.CountedScope.HOST: MarkedScope.HOST,
+    ruleset.CountedScope.ENGINE: MarkedScope.ENGINE,
+    ruleset.CountedScope.CONTAINER: MarkedScope.CONTAINER,
+}
 
 ReadPolicy = Callable[[], Policy]  # raises PolicyError
 
@@ -160,7 +170,7 @@ class Enforcement:
         policy: Policy,
         *,
         firewall: nft.Nft,
-        capabilities: ruleset.Capabilities,
+        capabilities: ladder.Capabilities,
         kernel: bpf.KernelState,
         links: netlink.Netlink,
         cgroup: Path | None,
@@ -219,13 +229,7 @@ class Enforcement:
         # Held now, brought to the table below: an earlier daemon's has nearly all of it.
         self._adopt_learned()
         self._adopt_saved()
-        if self._cgroup is not None:
-            for hook in bpf.CgroupHook:
-                name = hook.name.lower()
-                if (program := self._kernel.programs.get(name)) is not None:
-                    bpf.attach_cgroup(program, self._cgroup, self.options.bpffs)
-                elif bpf.detach_cgroup(name, self._cgroup, self.options.bpffs):
-                    log.warning("an earlier build's %s is detached: this one has none", name)
+        self._attach_hooks()
         first_pass = asyncio.create_task(self.ask_for_names())
         done, _ = await asyncio.wait([first_pass], timeout=FIRST_RESOLVE_SECONDS)
         if not done:
@@ -234,17 +238,66 @@ class Enforcement:
             first_pass.add_done_callback(self._asked.discard)
         difference = self._difference()
         assert self.plan is not None  # follow_resolvers made it
-        held = self._firewall.revoked() if self._table_present else []
+        held = self._firewall.revoked() if self._table_present and self._capabilities.remembers else []
         self._revoked = {(element.address, element.port) for element in held}
         self._firewall.apply(
             ruleset.render_ruleset(self.policy, self._capabilities, self.plan.internal, self._answering())
             + self._render(difference)
         )
         self._remember_revoked(difference)
+        self._write_judge(self.policy)
         self._table_present = self._ruleset_applied = True
         self._redirects_lost = self._count_redirects_lost()
 
-    def _write_settings(self) -> None:
+    def _attach_hooks(self) -> None:
+        if self._cgroup is None:
+            return
+        for hook in bpf.CgroupHook:
+            name = hook.name.lower()
+            if (program := self._kernel.programs.get(name)) is not None:
+                bpf.attach_cgroup(program, self._cgroup, self.options.bpffs)
+            elif bpf.detach_cgroup(name, self._cgroup, self.options.bpffs):
+                log.warning("an earlier build's %s is detached: this one has none", name)
+        if self._capabilities.stamps_sockets:
+            bpf.stamp_cgroup(self._kernel.programs["stamp_host"], self._cgroup)
+
+    def _write_judge(self, policy: Policy) -> None:
+        """What BPF judges by, where it does."""
+        if not self._capabilities.counts_in_bpf:
+            return
+        maps = self._kernel.maps
+        levels = {
+            MarkedScope.UNSTAMPED: policy.scope.strictest,
+            MarkedScope.HOST: policy.scope.host,
+            MarkedScope.ENGINE: policy.scope.engines,
+            MarkedScope.CONTAINER: policy.scope.containers,
+        }
+        for scope, level in levels.items():
+            judged = JudgedPorts.NONE
+            if level is Level.STRICT:
+                judged = JudgedPorts.EVERY if scope is MarkedScope.ENGINE else JudgedPorts.REGISTRY
+            maps["levels"].update(_u32(scope >> kernel_abi.SCOPE_SHIFT), _u32(judged))
+        maps["registry_ports"].replace_all({_u32(port): b"\1" for port in policy.ports})
+        maps["listed"].replace_all(
+            {
+                kernel_abi.pack_listed_key(network.network_address, network.prefixlen, port): b"\1"
+                for rule in policy.rules
+                for network in rule.addresses
+                for port in rule.ports
+            }
+        )
+        self._write_settings(policy)
+
+    def _judging(self, policy: Policy) -> Judging:
+        if not self._capabilities.counts_in_bpf:
+            return Judging.NOT
+        can_only_drop = ladder.Feature.REJECT not in self._capabilities.features
+        # A packet socket is behind the client: its first connection would be told no, and not wait for the answer.
+        certain = self._capabilities.learns_in_kernel
+        return Judging.REFUSE if policy.mode is Mode.ENFORCE and can_only_drop and certain else Judging.COUNT
+
+    def _write_settings(self, policy: Policy | None = None) -> None:
+        policy = policy or self.policy
         settings = self._kernel.maps["settings"]
         slot = bytes(4)
         before = kernel_abi.SETTINGS.codec.unpack(settings.lookup(slot) or bytes(kernel_abi.SETTINGS.size))
@@ -257,7 +310,7 @@ class Enforcement:
                 kernel_abi.LIFETIME_CEILING_SECONDS * NANOSECONDS,
                 kernel_abi.REFRESH_MARGIN_SECONDS * NANOSECONDS,
                 kernel_abi.QUERY_WINDOW_SECONDS * NANOSECONDS,
-                procfs.netns_cookie() or 0,
+                procfs.netns_cookie() or (0 if procfs.in_initial_netns() else kernel_abi.NETNS_ANY),
                 pidns_device,
                 pidns_inode,
                 kernel_abi.MARK_MASK,
@@ -266,6 +319,8 @@ class Enforcement:
                 MarkedScope.ENGINE,
                 MarkedScope.CONTAINER,
                 1,
+                self._judging(policy),
+                policy.mode is Mode.OBSERVE,
             ),
         )
 
@@ -356,7 +411,7 @@ class Enforcement:
     def _difference(self) -> Changes:
         """What makes an earlier daemon's elements those that this one holds; all of them, where there is no table."""
         now = self._kernel.now_ns() / NANOSECONDS
-        elements = self._firewall.learned() if self._table_present else []
+        elements = self._firewall.learned() if self._table_present and self._capabilities.remembers else []
         seconds_left = {(element.address, element.port): element.lifetime_seconds for element in elements}
         permit = (
             entry
@@ -435,7 +490,8 @@ class Enforcement:
         if changes:
             self._stop_vouching(changes.withdraw)
             if self._table_present:  # else start() brings everything that is held by then
-                self._firewall.apply(self._render(changes))
+                if text := self._render(changes):
+                    self._firewall.apply(text)
                 self._remember_revoked(changes)
 
     def _stop_vouching(self, withdraw: Iterable[Destination]) -> None:
@@ -445,6 +501,8 @@ class Enforcement:
             learned.delete(kernel_abi.pack_learned_key(*destination))
 
     def _render(self, changes: Changes) -> str:
+        if not self._capabilities.remembers:
+            return ""
         now = self._kernel.now_ns() / NANOSECONDS
         permit = [
             ruleset.Element(entry.address, entry.port, seconds)
@@ -610,7 +668,8 @@ class Enforcement:
     def _tell_interfaces(self) -> None:
         assert self.plan is not None
         # An earlier daemon's table may have no sets for the responder.
-        text = ruleset.render_internal(self.plan.internal, self._answering() if self._ruleset_applied else None)
+        responder = self._answering() if self._ruleset_applied else None
+        text = ruleset.render_internal(self.plan.internal, self._capabilities, responder)
         if text != self._interfaces:
             self._firewall.apply(text)
             self._interfaces = text
@@ -637,7 +696,9 @@ class Enforcement:
 
     def know_cgroups(self, known: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF which cgroups hold containers and engines: these and no others."""
+        known = list(known)
         self._kernel.maps["cgroups"].replace_all({_cgroup_key(cgroup): _u32(cgroup.scope) for cgroup in known})
+        self._stamp(known)
 
     def cgroups_changed(self, appeared: Iterable[procfs.Cgroup], vanished: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF of the difference."""
@@ -646,6 +707,15 @@ class Enforcement:
             cgroups.delete(_cgroup_key(cgroup))
         for cgroup in appeared:
             cgroups.update(_cgroup_key(cgroup), _u32(cgroup.scope))
+        self._stamp(appeared)
+
+    def _stamp(self, cgroups: Iterable[procfs.Cgroup]) -> None:
+        """Before 5.8: have the sockets that are made in these cgroups stamped."""
+        if self._capabilities.stamps_sockets:
+            assert self._cgroup is not None
+            for cgroup in cgroups:
+                name = f"stamp_{cgroup.scope.name.lower()}"
+                bpf.stamp_cgroup(self._kernel.programs[name], self._cgroup / cgroup.path)
 
     def reload(self, read_policy: ReadPolicy) -> None:
         """Enforce the policy as it is written now. A bad policy, or a kernel that refuses it, leaves the old one."""
@@ -683,6 +753,7 @@ class Enforcement:
         if revocation.narrows(before_it, policy):
             self._start(self._judge_connections_again(before_it))
         names.update_many((key, value) for key, value in after.items() if before.get(key) != value)
+        self._write_judge(policy)
         if self._responder is not None:
             self._responder.contexts = None if authority is None else authority.context
         self._audit_log.follow_policy(policy.audit_file)
@@ -701,7 +772,7 @@ class Enforcement:
             log.warning("the kernel does not tell its connections (%s): those that are open stay open", error)
             return
         again = revocation.to_judge_again(before, self.policy, self.learned, connected)
-        if again and self._revoked is not None:
+        if again and self._revoked is not None and self._capabilities.remembers:
             self._firewall.apply(ruleset.render_revoked(again))
             self._revoked.update(again)
             log.info("connections to %d destinations are judged again", len(again))
@@ -808,7 +879,6 @@ class Enforcement:
         """Everything an operator asks first. Times are Unix seconds."""
         assert self.plan is not None
         wall_clock_offset = self._wall_clock_offset()
-        counters = self._firewall.counters()
         return {
             "state": "enforcing" if self.policy.mode is Mode.ENFORCE else "observing",
             "version": __version__,
@@ -827,7 +897,7 @@ class Enforcement:
             **{
                 verb: [
                     {"scope": scope, "protocol": protocol, "count": count}
-                    for (scope, protocol), count in _refusals(counters, mode).items()
+                    for (scope, protocol), count in self._refusals(mode).items()
                 ]
                 for verb, mode in (("refused", Mode.ENFORCE), ("observed", Mode.OBSERVE))
             },
@@ -851,6 +921,7 @@ class Enforcement:
             ],
             "capabilities": {
                 "nftables": sorted(feature.name.lower() for feature in self._capabilities.features),
+                "shortfalls": [shortfall.subject for shortfall in ladder.shortfalls(self._capabilities)],
                 "loader": self._kernel.report.loader.value,
                 "programs": dict(self._kernel.report.programs),
                 "refused_programs": dict(self._kernel.report.refused),
@@ -866,7 +937,6 @@ class Enforcement:
         return "gate" if index in self.plan.gate else ""
 
     def _snapshot(self) -> metrics.Snapshot:
-        counters = self._firewall.counters()
         families = collections.Counter(f"ipv{entry.address.version}" for entry in self._longest())
         per_outcome = self._kernel.maps["counters"]
         return metrics.Snapshot(
@@ -879,11 +949,29 @@ class Enforcement:
                 if outcome is not Outcome.EVENT_LOST
             },
             learned={family: families[family] for family in ("ipv4", "ipv6")},
-            refused=_refusals(counters, Mode.ENFORCE),
-            observed=_refusals(counters, Mode.OBSERVE),
+            refused=self._refusals(Mode.ENFORCE),
+            observed=self._refusals(Mode.OBSERVE),
             events_lost=self._lost(),
             audit_dropped=self.auditor.dropped(self.reports.lost if self.reports else 0),
         )
+
+    def _refusals(self, mode: Mode) -> dict[tuple[str, str], int]:
+        """How often each (scope, protocol) was refused, by whoever of nftables and BPF counts."""
+        if self._capabilities.counts_in_bpf:
+            return {
+                (scope.value, protocol.name.lower()): self._kernel.maps["refusals"].sum_u64(
+                    kernel_abi.pack_refusal_slot(MARKED[scope], protocol, observing=mode is Mode.OBSERVE)
+                )
+                for scope in ruleset.CountedScope
+                for protocol in Protocol
+            }
+        counters = self._firewall.counters()
+        return {
+            (scope.value, protocol.name.lower()): counter.packets
+            for scope in ruleset.CountedScope
+            for protocol in Protocol
+            if (counter := counters.get(ruleset.counter_name(mode, scope, protocol))) is not None
+        }
 
     def _snapshot_for_scrape(self) -> metrics.Snapshot:
         """Called in the metrics server's thread; the state belongs to the loop's."""
@@ -892,16 +980,6 @@ class Enforcement:
             return self._snapshot()
 
         return asyncio.run_coroutine_threadsafe(snapshot(), self._loop).result(SCRAPE_DEADLINE_SECONDS)
-
-
-def _refusals(counters: Mapping[str, nft.Counter], mode: Mode) -> dict[tuple[str, str], int]:
-    """Packets of each (scope, protocol), from the ruleset's named counters."""
-    return {
-        (scope.value, protocol.name.lower()): counter.packets
-        for scope in ruleset.CountedScope
-        for protocol in Protocol
-        if (counter := counters.get(ruleset.counter_name(mode, scope, protocol))) is not None
-    }
 
 
 def _cgroup_key(cgroup: procfs.Cgroup) -> bytes:

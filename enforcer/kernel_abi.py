@@ -22,6 +22,8 @@ from ipaddress import IPv4Address, IPv6Address
 MARK_MASK = 0xE0000000
 MARK_SCOPE_MASK = 0x60000000
 MARK_VOUCHED = 0x80000000
+SCOPE_SHIFT = 29  # of the scope's two bits
+SCOPES = 4
 
 
 class MarkedScope(enum.IntEnum):
@@ -44,7 +46,10 @@ MAX_QUERIES = 16_384
 MAX_LEARNED = 65_536  # marks for the first packets; the nft set is the long memory and holds more
 MAX_PROGRAM_NAMES = 256
 MAX_CGROUPS = 16_384
+MAX_REGISTRY_PORTS = 1_024
+MAX_LISTED = 16_384  # (network, port) that a policy names
 MAX_CONNECTS = 8_192  # each is needed for the milliseconds until its refusal is reported
+NETNS_ANY = 0xFFFFFFFFFFFFFFFF  # no kernel counts that far
 EVENT_BYTES = 1 << 20  # the ring
 COMM_BYTES = 16  # kernel: TASK_COMM_LEN
 LIFETIME_FLOOR_SECONDS = 300  # a learned address lives max(TTL, this): clients cache answers longer than they should
@@ -73,6 +78,22 @@ class RangeClass(enum.IntEnum):
 
     NEVER = 1  # loopback, link-local, multicast, unspecified, this host's own
     PRIVATE = 2  # only for names the operator wrote
+
+
+class Judging(enum.IntEnum):
+    """What BPF does beside nftables where nftables cannot count or can only drop (`settings.judging`)."""
+
+    NOT = 0
+    COUNT = 1  # connections that would be refused
+    REFUSE = 2  # count, and tell the client at once: EPERM from connect(2), a reset to a container
+
+
+class JudgedPorts(enum.IntEnum):
+    """Value of the `levels` map: where connections of a scope need permission."""
+
+    NONE = 0
+    REGISTRY = 1  # the registry ports
+    EVERY = 2  # every TCP port but DNS; of UDP the registry ports
 
 
 class Protocol(enum.IntEnum):
@@ -175,6 +196,16 @@ QUERY = Structure(
         Field("__u64", "asked_at", 0, "nanoseconds, clock of this build"),
     ),
 )
+LISTED_KEY = Structure(
+    "listed_key",
+    "Key of `listed`, an address that the policy names; there is no value to speak of.",
+    (
+        Field("__u32", "prefix_bits", 0, "32 for the port, and those of the mapped address that count"),
+        Field("__u16", "port", 0, "host order"),
+        Field("__u16", "padding", 0, "zero"),
+        Field("__u8", "address", 16, "network order, IPv4 mapped"),
+    ),
+)
 LEARNED_KEY = Structure(
     "learned_key",
     "Key of `learned`: where a connection may go.",
@@ -205,7 +236,7 @@ SETTINGS = Structure(
             "__u64",
             "netns_cookie",
             0,
-            "of the namespace that is enforced (0: the initial one); sockets of others are left alone",
+            "of the namespace that is enforced; sockets of others are left alone. 0: the initial one; NETNS_ANY: all",
         ),
         Field("__u64", "pidns_device", 0, "st_dev of /proc/1/ns/pid as the kernel counts it; 0: not known"),
         Field("__u64", "pidns_inode", 0, "st_ino of the same"),
@@ -215,6 +246,8 @@ SETTINGS = Structure(
         Field("__u32", "mark_engine", 0, "scope bits: engine"),
         Field("__u32", "mark_container", 0, "scope bits: container"),
         Field("__u32", "configured", 0, "1 when the above counts"),
+        Field("__u32", "judging", 0, "JUDGING_*"),
+        Field("__u32", "observing", 0, "1: mode observe, which has counters of its own"),
     ),
 )
 EVENT = Structure(
@@ -255,7 +288,7 @@ CONNECT = Structure(
     ),
 )
 STRUCTURES = (
-    *(NAME_KEY, NAME_RULE, RANGE_KEY, QUERY_KEY, QUERY, LEARNED_KEY, LEARNED, SETTINGS),
+    *(NAME_KEY, NAME_RULE, RANGE_KEY, QUERY_KEY, QUERY, LISTED_KEY, LEARNED_KEY, LEARNED, SETTINGS),
     *(EVENT, CONNECT_KEY, CONNECT),
 )
 
@@ -270,6 +303,8 @@ _LIMITS = (
     "MAX_LEARNED",
     "MAX_PROGRAM_NAMES",
     "MAX_CGROUPS",
+    "MAX_REGISTRY_PORTS",
+    "MAX_LISTED",
     "MAX_CONNECTS",
     "EVENT_BYTES",
     "COMM_BYTES",
@@ -338,6 +373,17 @@ def pack_range_key(network_address: IPv4Address | IPv6Address, prefix_length: in
     return RANGE_KEY.codec.pack(mapped_bits, pack_address(network_address))
 
 
+def pack_listed_key(network_address: IPv4Address | IPv6Address, prefix_length: int, port: int) -> bytes:
+    """Key of `listed`."""
+    mapped_bits = prefix_length + (96 if isinstance(network_address, IPv4Address) else 0)
+    return LISTED_KEY.codec.pack(32 + mapped_bits, port, 0, pack_address(network_address))
+
+
+def pack_refusal_slot(scope: MarkedScope, protocol: Protocol, *, observing: bool) -> bytes:
+    """Key of `refusals`."""
+    return struct.pack("=I", (observing * SCOPES + (scope >> SCOPE_SHIFT)) * 2 + (protocol == Protocol.UDP))
+
+
 def pack_learned_key(address: IPv4Address | IPv6Address, port: int) -> bytes:
     """Key of `learned`."""
     return LEARNED_KEY.codec.pack(pack_address(address), port, 0)
@@ -393,6 +439,13 @@ def render_shared_header() -> str:
     lines.append("")
     for range_class in RangeClass:
         lines.append(f"#define RANGE_{range_class.name} {range_class.value}")
+    lines.append("")
+    for judging in Judging:
+        lines.append(f"#define JUDGING_{judging.name} {judging.value}")
+    for ports in JudgedPorts:
+        lines.append(f"#define JUDGED_{ports.name} {ports.value}")
+    lines.append(f"#define NETNS_ANY {NETNS_ANY:#x}ULL")
+    lines += [f"#define SCOPE_SHIFT {SCOPE_SHIFT}", f"#define SCOPES {SCOPES}"]
     for structure in STRUCTURES:
         lines += ["", f"/* {structure.meaning} */", f"struct {structure.name} {{"]
         for field in structure.fields:

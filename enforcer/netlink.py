@@ -54,6 +54,7 @@ from enforcer.topology import Interface, Route
 # include/uapi/linux/rtnetlink.h, what pyroute2 does not name
 _SKIP_STATISTICS = 1 << 3
 _UNICAST, _LOCAL = rtnl.rt_type["unicast"], rtnl.rt_type["local"]
+LOOPBACK: Final = 1  # lo's index in every network namespace: LOOPBACK_IFINDEX, include/net/flow.h
 _CLSACT_HANDLE = 0xFFFF0000
 _EVERY_PROTOCOL = socket.htons(ETH_P_ALL)
 
@@ -175,17 +176,33 @@ class Netlink:
             ("TCA_BPF_FLAGS", TCA_BPF_FLAG_ACT_DIRECT),
         ]
         priority = ours.priority if ours else _free_priority(filters)
+        made = False
         try:
             made = self._ensure_clsact(index, direction)
             handle = ours.handle if ours else _OUR_HANDLE_ON_OUR_CLSACT if made else _OUR_HANDLE
             message = _filter_message(index, direction, priority, handle, [("TCA_OPTIONS", {"attrs": options})])
             self._request(rtnl.RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_REPLACE, message)
         except NetlinkError as error:
+            if made:  # for nothing: this kernel has no BPF filters
+                self._remove(rtnl.RTM_DELQDISC, _clsact_message(index))
             if error.errno != errno.ENODEV:
                 raise
             self.vanished += 1
             return False
         return True
+
+    def takes_filters(self, program_fd: int | None) -> bool:
+        """Whether tc takes BPF filters (clsact and cls_bpf): tried on lo, where nothing of it stays."""
+        if program_fd is None:
+            return False
+        if self.attached(LOOPBACK):
+            return True
+        try:
+            return self.attach(LOOPBACK, Direction.INGRESS, program_fd, "probe")
+        except NetlinkError:
+            return False
+        finally:
+            self.detach(LOOPBACK)
 
     def attached(self, index: int) -> dict[Direction, str]:
         """Names of our programs on this interface; empty also when the interface is gone."""

@@ -20,6 +20,7 @@ from typing import Self
 
 from enforcer.audit_record import Kind, Report
 from enforcer.kernel_abi import MARK_SCOPE_MASK, MarkedScope, Protocol
+from enforcer.ladder import AUDIT_GROUP
 from enforcer.nfnetlink import (
     ACK,
     ERROR,
@@ -31,7 +32,7 @@ from enforcer.nfnetlink import (
     request,
 )
 from enforcer.policy import Address
-from enforcer.ruleset import AUDIT_GROUP, CountedScope
+from enforcer.ruleset import CountedScope
 
 # include/uapi/linux/netfilter/nfnetlink.h, nfnetlink_log.h
 _PACKET, _CONFIG = 4 << 8, 4 << 8 | 1  # NFNL_SUBSYS_ULOG

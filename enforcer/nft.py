@@ -20,7 +20,8 @@ from ipaddress import ip_address
 from types import TracebackType
 from typing import Any, Self
 
-from enforcer.ruleset import BASE_CHAINS, LEARNED_SETS, REVOKED_SETS, TABLE, Capabilities, Element, Feature
+from enforcer.ladder import Feature
+from enforcer.ruleset import BASE_CHAINS, LEARNED_SETS, REVOKED_SETS, TABLE, Element
 
 # include/uapi/linux/netlink.h
 _NETLINK_NETFILTER = 12
@@ -108,7 +109,7 @@ class Nft:
         if status:
             raise NftError(message.strip().replace(f"{path}:", "line "))
 
-    def probe(self) -> Capabilities:
+    def probe(self) -> frozenset[Feature]:
         """Asks the kernel for each feature by itself.
 
         A transaction makes the rule in a table without hooks and deletes it again, so nothing is ever seen of it.
@@ -124,7 +125,7 @@ class Nft:
                     raise
                 continue
             present.add(feature)
-        return Capabilities(frozenset(present))
+        return frozenset(present)
 
     def present(self) -> bool:
         """Whether the table is there with its base chains attached."""

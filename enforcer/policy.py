@@ -128,6 +128,11 @@ class Scope:
     engines: Level  # programs that pull images; for them every TCP port but DNS counts
     host: Level  # everything else on the host
 
+    @property
+    def strictest(self) -> Level:
+        """What holds for traffic whose scope is not known."""
+        return Level.STRICT if Level.STRICT in (self.containers, self.engines, self.host) else Level.OFF
+
 
 @dataclass(frozen=True, slots=True)
 class Resolvers:

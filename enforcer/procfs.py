@@ -106,6 +106,15 @@ def netns_cookie() -> int | None:
             return None
 
 
+def in_initial_netns(proc: Path = Path("/proc")) -> bool:
+    """Whether this is provably the network namespace that the kernel began with: kthreadd's."""
+    try:
+        is_kthreadd = (proc / "2/comm").read_text() == "kthreadd\n"
+        return is_kthreadd and (proc / "self/ns/net").stat().st_ino == (proc / "2/ns/net").stat().st_ino
+    except OSError:
+        return False
+
+
 def pidns_identity(namespace: Path = Path("/proc/self/ns/pid")) -> tuple[int, int]:
     """(device, inode) of a pid namespace, our own unless told, as bpf_get_ns_current_pid_tgid compares them.
 

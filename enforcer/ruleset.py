@@ -7,6 +7,10 @@ taught (sets `learned4` and `learned6`), an address that the policy names, or th
 
 Every text here is one transaction, and every one may be applied over what is there: the table's rules are replaced as
 a whole while learned elements and counters stay, and no packet meets a half-built table.
+
+Kernels that lack expressions get what says the same without them, or less that refuses the same (`ladder`): without
+conntrack the packet that begins a connection is judged, without sets ports are ranges and the mark is the only memory,
+without reject a refused packet is dropped.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, collapse_addresses
 
 from enforcer.kernel_abi import MARK_SCOPE_MASK, MARK_VOUCHED, MarkedScope, Protocol
+from enforcer.ladder import AUDIT_GROUP, Capabilities, Feature, Origin
 from enforcer.policy import Address, Level, Mode, Network, Policy, Rule
 
 TABLE = "registry_enforcer"  # family inet
@@ -28,63 +33,10 @@ REVOKED_SETS = ("revoked4", "revoked6")
 REVOKED_SECONDS = 432_000  # nf_conntrack_tcp_timeout_established: what is silent for longer is new to the kernel
 SET_SIZE = 262_144  # elements; the kernel refuses a transaction that would exceed it
 LOG_PREFIX = "registry-enforcer: "
-AUDIT_GROUP = 0x5245  # nfnetlink_log: where refusals are reported to the daemon, "RE"
 _COMMENT_BYTES = 100  # nft takes 128 with the terminating NUL; the rule's kind goes before the name
 
 # What nft's quoted strings carry literally: they know no escapes, and a trailing * would be a wildcard.
 _INTERFACE_NAME = re.compile(r"[!#-)+-.0-9;-\[\]-~]{1,15}")
-
-
-class Feature(enum.Enum):
-    """Something of the kernel's nf_tables that the ruleset needs; the value is rule text that uses it alone."""
-
-    SETS = (
-        "set probed { type ipv4_addr . inet_service; flags dynamic, timeout; size 16; }\n"
-        " chain probe { delete @probed { ip daddr . tcp dport }; }"
-    )
-    INTERVALS = "set probed { type ipv4_addr; flags interval; elements = { 192.0.2.0/24 }; }"
-    COUNTER = "counter probed { }\n chain probe { counter name probed; }"
-    CT = "chain probe { ct state established ct direction reply ct status dnat accept; }"
-    LIMIT = "chain probe { limit rate 5/second burst 10 packets accept; }"
-    LOG = 'chain probe { log prefix "probe " level info; }'
-    AUDIT = f'chain probe {{ log prefix "probe" group {AUDIT_GROUP}; }}'
-    REDIRECT = (
-        # Dormant: the chain's type is looked up, and no packet meets its hook.
-        "flags dormant; chain probe { type nat hook output priority -90;"
-        " fib daddr type unicast fib daddr . mark oifname lo rt ip nexthop != 127.0.0.1 accept;"
-        " meta l4proto tcp redirect to :9; }"
-    )
-    REJECT = "chain probe { meta l4proto tcp reject with tcp reset; reject with icmpx admin-prohibited; }"
-
-    @property
-    def optional(self) -> bool:
-        """Whether the table refuses as well without it."""
-        return self in (Feature.AUDIT, Feature.REDIRECT)
-
-    @property
-    def kernel_option(self) -> str:
-        """The kernel configuration option that brings it."""
-        return {
-            Feature.COUNTER: "CONFIG_NFT_COUNTER, CONFIG_NFT_OBJREF",
-            Feature.CT: "CONFIG_NFT_CT",
-            Feature.LIMIT: "CONFIG_NFT_LIMIT",
-            Feature.LOG: "CONFIG_NFT_LOG",
-            Feature.AUDIT: "CONFIG_NETFILTER_NETLINK_LOG",
-            Feature.REDIRECT: "CONFIG_NFT_NAT, CONFIG_NFT_REDIR, CONFIG_NFT_FIB_INET",
-            Feature.REJECT: "CONFIG_NFT_REJECT_INET",
-        }.get(self, "CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET")
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What this kernel's nf_tables has."""
-
-    features: frozenset[Feature]
-
-    @property
-    def missing(self) -> tuple[Feature, ...]:
-        """What the ruleset needs and the kernel lacks; it can do without what is optional."""
-        return tuple(feature for feature in Feature if feature not in self.features and not feature.optional)
 
 
 class CountedScope(enum.Enum):
@@ -121,6 +73,13 @@ class Responder:
     interfaces6: frozenset[str] = frozenset()
 
 
+SEEN_SECONDS = 30  # for a connection's second SYN, which comes after one
+_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
+_NO_SYN = "tcp flags & (fin | syn | rst | ack) != syn"
+_CONNECTION4 = "ipv4_addr . inet_service . ipv4_addr . inet_service"
+_CONNECTION6 = "ipv6_addr . inet_service . ipv6_addr . inet_service"
+_CONNECTION_OF = {version: f"{version} saddr . tcp sport . {version} daddr . tcp dport" for version in ("ip", "ip6")}
+_ONLY = {Origin.LOCAL: "iif 0 ", Origin.FORWARDED: "iif != 0 "}
 _RESPONDER_SETS = ("answered4", "answered6", "internal_routes")
 # A flood is reset instead: the responder is the daemon, which has better to do.
 _REDIRECT_LIMIT = "limit rate over 1000/second burst 2000 packets accept"
@@ -154,24 +113,12 @@ def render_ruleset(
 ) -> str:
     """The whole table for `policy`; `internal` are the interfaces that lead only into this host (lo always is one).
 
-    Without a responder, and where the kernel has no redirect, every refusal is a reset. ValueError if the kernel lacks
-    something that the table needs: half a table would refuse half.
+    Without a responder, and where the kernel cannot redirect to it, every refusal is a reset, and where it cannot do
+    that either, silence. ValueError if the kernel cannot refuse at all.
     """
-    if capabilities.missing:
-        lacking = ", ".join(f"{feature.name.lower()} ({feature.kernel_option})" for feature in capabilities.missing)
-        raise ValueError(f"this kernel's nf_tables lacks {lacking}")
-    scope = policy.scope
-    some_scope = Level.STRICT if Level.STRICT in (scope.containers, scope.engines, scope.host) else Level.OFF
-    counters = [
-        f"\tcounter {counter_name(mode, counted, protocol)} {{ }}"
-        for mode in Mode
-        for counted in CountedScope
-        for protocol in Protocol
-    ]
-    judge = functools.partial(_judge, policy.mode, audited=Feature.AUDIT in capabilities.features)
-    other_ports = [f"th dport != {_ports(policy.ports)} accept"]
-    engine_other_ports = ["tcp dport 53 accept", f"udp dport != {_ports(policy.ports)} accept"]
-    if Feature.REDIRECT not in capabilities.features:
+    if not capabilities.enforceable:
+        raise ValueError(f"this kernel's nf_tables lacks {Feature.BASE.kernel_option}")
+    if not capabilities.answers:
         responder = None
     return f"""\
 # registry-enforcer: connections to container registries that the policy does not list are refused.
@@ -183,20 +130,9 @@ add table inet {TABLE}
 flush table inet {TABLE}
 
 table inet {TABLE} {{
-	# Addresses and ports that trusted DNS answers taught, each with its own lifetime.
-	set learned4 {{ type ipv4_addr . inet_service; flags timeout; size {SET_SIZE}; }}
-	set learned6 {{ type ipv6_addr . inet_service; flags timeout; size {SET_SIZE}; }}
-
-	# Addresses and ports whose permission was taken back: every packet to them is judged, not a connection's first
-	# alone. Deleting conntrack entries instead would let the far end's next packet begin a connection of its own.
-	set revoked4 {{ type ipv4_addr . inet_service; flags dynamic, timeout; size {SET_SIZE}; }}
-	set revoked6 {{ type ipv6_addr . inet_service; flags dynamic, timeout; size {SET_SIZE}; }}
-
-	# Interfaces that lead only into this host. Any other one, known or not, is an uplink.
-	set internal {{ type ifname; }}
-
-{_lines(counters, 0)}
-{_responder_chains(policy, responder)}
+{_lines(_sets(capabilities), 1)}
+{_lines(_counters(capabilities), 1)}
+{_responder_chains(policy, capabilities, responder)}
 	# Containers, and whatever else this host routes. Destinations are translated before this priority.
 	chain forward {{
 		type filter hook forward priority filter + 10; policy accept;
@@ -208,10 +144,7 @@ table inet {TABLE} {{
 	# Sockets of this host, by the scope that the connect hooks stamped into the mark.
 	chain output {{
 		type filter hook output priority filter + 10; policy accept;
-		jump never_judged
-{_lines(_translated(responder))}
-		jump judge_local
-		goto refuse
+{_lines(_output(capabilities, responder))}
 	}}
 
 	# What output could not know: where a translated or re-routed packet of this host really leaves. Only a drop is
@@ -220,7 +153,7 @@ table inet {TABLE} {{
 		type filter hook postrouting priority srcnat + 200; policy accept;
 		# Forwarded, and judged in forward.
 		iif != 0 accept
-{_lines(_observed_in_output(policy.mode))}
+{_lines(_observed_in_output(policy.mode, capabilities))}
 		jump never_judged
 		jump judge_local
 		drop
@@ -230,13 +163,7 @@ table inet {TABLE} {{
 	chain never_judged {{
 		# No registry speaks anything else. A packet whose protocol cannot be read is not excused.
 		meta l4proto != tcp meta l4proto != udp accept
-		# Answers to inbound connections.
-		ct direction reply accept
-		# Was permitted when it began, and nobody took that back. Not for UDP, which has no end: as long as packets
-		# come, it would outlive every permission.
-		ct state established ip daddr . tcp dport != @revoked4 accept
-		ct state established ip6 daddr . tcp dport != @revoked6 accept
-		oifname @internal accept
+{_lines(_never_judged(capabilities))}
 	}}
 
 	# Each judge accepts, or returns what is to be refused.
@@ -248,6 +175,120 @@ table inet {TABLE} {{
 		goto judge_unknown
 	}}
 
+{_judges(policy, capabilities)}
+
+	# Accepts what has permission. Only registry ports are judged for containers and host, so a permission for another
+	# port matters to engines alone.
+	chain permitted {{
+{_lines(_permitted(policy, capabilities))}
+	}}
+
+	# Permitted once more, after it was taken back: the next packet of this connection may come before the sets hold it.
+	chain vouched {{
+{_lines(_vouched(capabilities))}
+	}}
+
+	# At once, and so that the client gives up: a dropped SYN hangs clients for minutes.
+	chain refuse {{
+{_lines(_refuse(capabilities))}
+	}}
+}}
+
+{render_internal(internal, capabilities, responder)}"""
+
+
+# --- the parts of the table ------------------------------------------------------------------------------------------
+def _sets(capabilities: Capabilities) -> Iterator[str]:
+    dynamic = "dynamic, timeout" if Feature.DYNAMIC_SETS in capabilities.features else "timeout"
+    if capabilities.remembers:
+        yield "# Addresses and ports that trusted DNS answers taught, each with its own lifetime."
+        yield f"set learned4 {{ type ipv4_addr . inet_service; flags timeout; size {SET_SIZE}; }}"
+        yield f"set learned6 {{ type ipv6_addr . inet_service; flags timeout; size {SET_SIZE}; }}"
+        yield ""
+        yield "# Addresses and ports whose permission was taken back: every packet to them is judged, not the first of"
+        yield "# a connection. Deleting conntrack entries instead would let the far end's next packet begin one."
+        yield f"set revoked4 {{ type ipv4_addr . inet_service; flags {dynamic}; size {SET_SIZE}; }}"
+        yield f"set revoked6 {{ type ipv6_addr . inet_service; flags {dynamic}; size {SET_SIZE}; }}"
+        yield ""
+    if capabilities.looks_twice:
+        yield "# Connections whose first packet has been dropped, until it comes again."
+        yield f"set seen4 {{ type {_CONNECTION4}; flags dynamic, timeout; size {SET_SIZE}; }}"
+        yield f"set seen6 {{ type {_CONNECTION6}; flags dynamic, timeout; size {SET_SIZE}; }}"
+        yield ""
+    yield "# Interfaces that lead only into this host. Any other one, known or not, is an uplink."
+    if Feature.PLAIN_SETS in capabilities.features:
+        yield "set internal { type ifname; }"
+    else:
+        yield "chain internal { }"
+    if capabilities.looks_twice:
+        yield ""
+        yield "# Nobody vouches for first packets: their address may be on its way from a DNS answer into the sets."
+        yield "# Refusing the packet that comes again, a second later, refuses the same connections and no other."
+        yield "chain second_look {"
+        yield f"\t{_NO_SYN} return"
+        yield f"\t{_CONNECTION_OF['ip']} @seen4 return"
+        yield f"\t{_CONNECTION_OF['ip6']} @seen6 return"
+        yield f"\tadd @seen4 {{ {_CONNECTION_OF['ip']} timeout {SEEN_SECONDS}s }}"
+        yield f"\tadd @seen6 {{ {_CONNECTION_OF['ip6']} timeout {SEEN_SECONDS}s }}"
+        yield "\tdrop"
+        yield "}"
+
+
+def _counters(capabilities: Capabilities) -> Iterator[str]:
+    if Feature.COUNTER in capabilities.features:
+        yield ""
+        for mode in Mode:
+            for counted in CountedScope:
+                for protocol in Protocol:
+                    yield f"counter {counter_name(mode, counted, protocol)} {{ }}"
+
+
+def _output(capabilities: Capabilities, responder: Responder | None) -> Iterator[str]:
+    if Feature.CT not in capabilities.features:
+        yield "# Whether a packet was translated is not known, and so not where it leaves: postrouting judges."
+        yield "accept"
+        return
+    yield "jump never_judged"
+    if responder is not None:
+        yield "# A socket bound to an interface sends there what was redirected, too, and would wait for an answer."
+        yield "# Over IPv6 it does: no error finds its way back to it."
+        yield f"tcp dport {responder.port} ct status dnat rt ip nexthop != 127.0.0.1 reject with icmp port-unreachable"
+    yield "# The outgoing interface is still that of the untranslated destination: postrouting knows better."
+    yield "ct status dnat accept"
+    yield "jump judge_local"
+    yield "goto refuse"
+
+
+def _observed_in_output(mode: Mode, capabilities: Capabilities) -> Iterator[str]:
+    if mode is Mode.OBSERVE and Feature.CT in capabilities.features:
+        yield "# Nothing was refused in output, so what was judged there comes by again."
+        yield "ct status & dnat != dnat accept"
+
+
+def _never_judged(capabilities: Capabilities) -> Iterator[str]:
+    if Feature.CT in capabilities.features:
+        began = "ct state established"
+        yield "# Answers to inbound connections."
+        yield "ct direction reply accept"
+        yield "# Was permitted when it began, and nobody took that back. Not for UDP, which has no end: as long as"
+        yield "# packets come, it would outlive every permission."
+    else:
+        began = _NO_SYN
+        yield "# Only the packet that begins a connection is judged, and every one to where permission was taken back."
+    if capabilities.remembers:
+        yield f"{began} ip daddr . tcp dport != @revoked4 accept"
+        yield f"{began} ip6 daddr . tcp dport != @revoked6 accept"
+    else:
+        yield f"{began} meta l4proto tcp accept"
+    yield "oifname @internal accept" if Feature.PLAIN_SETS in capabilities.features else "jump internal"
+
+
+def _judges(policy: Policy, capabilities: Capabilities) -> str:
+    scope = policy.scope
+    judge = functools.partial(_judge, policy.mode, capabilities)
+    other_ports = list(_other_ports("th", policy.ports, capabilities))
+    engine_other_ports = ["tcp dport 53 accept", *_other_ports("udp", policy.ports, capabilities)]
+    return f"""\
 	chain judge_container {{
 {_lines(judge(scope.containers, CountedScope.CONTAINER, other_ports))}
 	}}
@@ -263,42 +304,43 @@ table inet {TABLE} {{
 
 	# No hook has seen it, so it may be of any scope: the strictest one counts.
 	chain judge_unknown {{
-{_lines(judge(some_scope, CountedScope.UNKNOWN, other_ports))}
-	}}
-
-	# Accepts what has permission. Only registry ports are judged for containers and host, so a permission for another
-	# port matters to engines alone.
-	chain permitted {{
-		ip daddr . th dport @learned4 accept
-		ip6 daddr . th dport @learned6 accept
-		# BPF vouches for the first packets, before the sets hold the address. Never for UDP: on an unconnected socket
-		# the mark is that of the packet before.
-		# For a SYN only: the socket keeps its mark, and must not outlive a permission that was taken back.
-		tcp flags & (fin | syn | rst | ack) == syn meta mark & {MARK_VOUCHED:#010x} == {MARK_VOUCHED:#010x} goto vouched
-{_lines(line for rule in policy.rules for line in _rule_addresses(rule))}
-	}}
-
-	# Permitted once more, after it was taken back: the next packet of this connection may come before the sets hold it.
-	chain vouched {{
-		delete @revoked4 {{ ip daddr . tcp dport }}
-		delete @revoked6 {{ ip6 daddr . tcp dport }}
-		accept
-	}}
-
-	# At once, and so that the client gives up: a dropped SYN hangs clients for minutes.
-	chain refuse {{
-		# A reset would come from the translated address, and the client would go on waiting. ICMP is translated back;
-		# over IPv6 a client on this machine heeds it at its first retransmission, after a second.
-		ct status dnat reject with icmpx port-unreachable
-		meta l4proto tcp reject with tcp reset
-		reject with icmpx admin-prohibited
-	}}
-}}
-
-{render_internal(internal, responder)}"""
+{_lines(judge(scope.strictest, CountedScope.UNKNOWN, other_ports))}
+	}}"""
 
 
-def _responder_chains(policy: Policy, responder: Responder | None) -> str:
+def _permitted(policy: Policy, capabilities: Capabilities) -> Iterator[str]:
+    if capabilities.remembers:
+        yield "ip daddr . th dport @learned4 accept"
+        yield "ip6 daddr . th dport @learned6 accept"
+    yield "# BPF vouches for the first packets, before the sets hold the address. Never for UDP: on an unconnected"
+    yield "# socket the mark is that of the packet before."
+    yield "# For a SYN only: the socket keeps its mark, and must not outlive a permission that was taken back."
+    yield f"{_SYN} meta mark & {MARK_VOUCHED:#010x} == {MARK_VOUCHED:#010x} goto vouched"
+    for rule in policy.rules:
+        yield from _rule_addresses(rule, capabilities)
+
+
+def _vouched(capabilities: Capabilities) -> Iterator[str]:
+    if capabilities.remembers and Feature.DYNAMIC_SETS in capabilities.features:
+        yield "delete @revoked4 { ip daddr . tcp dport }"
+        yield "delete @revoked6 { ip6 daddr . tcp dport }"
+    yield "accept"
+
+
+def _refuse(capabilities: Capabilities) -> Iterator[str]:
+    if Feature.REJECT not in capabilities.features:
+        yield "# This kernel knows no better."
+        yield "drop"
+        return
+    if Feature.CT in capabilities.features:
+        yield "# A reset would come from the translated address, and the client would go on waiting. ICMP is translated"
+        yield "# back; over IPv6 a client on this machine heeds it at its first retransmission, after a second."
+        yield "ct status dnat reject with icmpx port-unreachable"
+    yield "meta l4proto tcp reject with tcp reset"
+    yield "reject with icmpx admin-prohibited"
+
+
+def _responder_chains(policy: Policy, capabilities: Capabilities, responder: Responder | None) -> str:
     if responder is None:
         return ""
     redirected = f"tcp dport {responder.port} ct state new ct status dnat"
@@ -331,13 +373,11 @@ def _responder_chains(policy: Policy, responder: Responder | None) -> str:
 	chain redirect_forwarded {{
 		type nat hook prerouting priority dstnat + 10; policy accept;
 		meta l4proto != tcp accept
-		tcp flags & (fin | syn | rst | ack) != syn accept
+		{_NO_SYN} accept
 		tcp dport != {_ports(policy.ports)} accept
 		meta nfproto ipv4 iifname != @answered4 accept
 		meta nfproto ipv6 iifname != @answered6 accept
-		# Whether anybody vouches is not known before BPF has seen the packet: on a bridge's port, where br_netfilter
-		# calls this chain, it may not be attached yet.
-		meta mark & {MARK_SCOPE_MASK:#010x} != {MarkedScope.CONTAINER:#010x} accept
+{_lines(_seen_by_the_gate(capabilities))}
 		fib daddr type != unicast accept
 		fib daddr . mark oifname @internal_routes accept
 		{_REDIRECT_LIMIT}
@@ -351,31 +391,33 @@ def _responder_chains(policy: Policy, responder: Responder | None) -> str:
 """
 
 
-def _translated(responder: Responder | None) -> Iterator[str]:
-    if responder is not None:
-        yield "# A socket bound to an interface sends there what was redirected, too, and would wait for an answer."
-        yield "# Over IPv6 it does: no error finds its way back to it."
-        yield f"tcp dport {responder.port} ct status dnat rt ip nexthop != 127.0.0.1 reject with icmp port-unreachable"
-    yield "# The outgoing interface is still that of the untranslated destination: postrouting knows better."
-    yield "ct status dnat accept"
+def _seen_by_the_gate(capabilities: Capabilities) -> Iterator[str]:
+    if Origin.FORWARDED in capabilities.vouched:
+        yield "# Whether anybody vouches is not known before BPF has seen the packet: on a bridge's port, where"
+        yield "# br_netfilter calls this chain, it may not be attached yet."
+        yield f"meta mark & {MARK_SCOPE_MASK:#010x} != {MarkedScope.CONTAINER:#010x} accept"
 
 
 def _redirect_local(responder: Responder) -> Iterator[str]:
     if responder.local:
         yield "meta l4proto != tcp accept"
-        yield "tcp flags & (fin | syn | rst | ack) != syn accept"
+        yield f"{_NO_SYN} accept"
         yield "oifname @internal accept"
         yield _REDIRECT_LIMIT
         yield "jump judge_local"
         yield f"meta l4proto tcp redirect to :{responder.port}"
 
 
-def render_internal(names: Iterable[str], responder: Responder | None = None) -> str:
+def render_internal(names: Iterable[str], capabilities: Capabilities, responder: Responder | None = None) -> str:
     """Replaces the set of internal interfaces with `names` and lo, and with a responder the sets of those it serves.
 
     A name that nft's text cannot carry literally is left out: that interface is judged as an uplink.
     """
     names = {"lo", *names}
+    if Feature.PLAIN_SETS not in capabilities.features:
+        quotable = (name for name in sorted(names) if _INTERFACE_NAME.fullmatch(name))
+        rules = (f'add rule inet {TABLE} internal oifname "{name}" accept\n' for name in quotable)
+        return f"flush chain inet {TABLE} internal\n" + "".join(rules)
     sets: dict[str, Iterable[str]] = {"internal": names}
     if responder is not None:
         answered = responder.interfaces4, responder.interfaces6, names
@@ -432,40 +474,58 @@ def render_removal() -> str:
     return f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
 
 
-def _observed_in_output(mode: Mode) -> Iterator[str]:
-    if mode is Mode.OBSERVE:
-        yield "# Nothing was refused in output, so what was judged there comes by again."
-        yield "ct status & dnat != dnat accept"
-
-
 def _judge(
-    mode: Mode, level: Level, scope: CountedScope, out_of_scope: Iterable[str], *, audited: bool
+    mode: Mode, capabilities: Capabilities, level: Level, scope: CountedScope, out_of_scope: Iterable[str]
 ) -> Iterator[str]:
     if level is Level.OFF:
         yield "accept # off in the policy"
         return
+    features = capabilities.features
     yield from out_of_scope
     yield "jump permitted"
-    for protocol in Protocol:
-        yield f"meta l4proto {protocol.name.lower()} counter name {counter_name(mode, scope, protocol)}"
+    origins = {Origin.FORWARDED, Origin.LOCAL} if scope is CountedScope.CONTAINER else {Origin.LOCAL}
+    if mode is Mode.ENFORCE and capabilities.looks_twice & origins:
+        only = "" if capabilities.looks_twice >= origins else _ONLY[next(iter(capabilities.looks_twice))]
+        yield f"{only}jump second_look"
+    if Feature.COUNTER in features:
+        for protocol in Protocol:
+            yield f"meta l4proto {protocol.name.lower()} counter name {counter_name(mode, scope, protocol)}"
     verb = "refused" if mode is Mode.ENFORCE else "observed"
-    if audited:
+    if Feature.AUDIT in features:
         yield f'log prefix "{verb} {scope.value}" group {AUDIT_GROUP}'
-    else:
+    elif features >= {Feature.LOG, Feature.LIMIT}:
         yield f'limit rate 5/second burst 10 packets log prefix "{LOG_PREFIX}{verb} {scope.value} " level info'
     if mode is Mode.OBSERVE:
         yield "accept # mode observe"
 
 
-def _rule_addresses(rule: Rule) -> Iterator[str]:
+def _rule_addresses(rule: Rule, capabilities: Capabilities) -> Iterator[str]:
     comment = f"{rule.kind.value} {_printable(rule.name)}"[:_COMMENT_BYTES]
     # nft takes overlapping networks for a mistake ("conflicting intervals").
     ipv4 = collapse_addresses(network for network in rule.addresses if isinstance(network, IPv4Network))
     ipv6 = collapse_addresses(network for network in rule.addresses if isinstance(network, IPv6Network))
     for keyword, networks in (("ip", ipv4), ("ip6", ipv6)):
-        addresses = ", ".join(map(_network, networks))
-        if addresses:
-            yield f'{keyword} daddr {{ {addresses} }} th dport {_ports(rule.ports)} accept comment "{comment}"'
+        addresses = list(map(_network, networks))
+        if capabilities.features >= {Feature.PLAIN_SETS, Feature.INTERVALS}:
+            one_of, ports = [f"{{ {', '.join(addresses)} }}"] if addresses else [], [_ports(rule.ports)]
+        else:
+            one_of, ports = addresses, list(map(str, rule.ports))
+        for address in one_of:
+            for port in ports:
+                yield f'{keyword} daddr {address} th dport {port} accept comment "{comment}"'
+
+
+def _other_ports(protocol: str, ports: Iterable[int], capabilities: Capabilities) -> Iterator[str]:
+    """Accepts what goes to none of `ports`."""
+    if Feature.PLAIN_SETS in capabilities.features:
+        yield f"{protocol} dport != {_ports(ports)} accept"
+        return
+    below = 0
+    for port in [*sorted(set(ports)), 65_536]:
+        if port > below:
+            last = f"-{port - 1}" if port - 1 > below else ""
+            yield f"{protocol} dport {below}{last} accept"
+        below = port + 1
 
 
 def _change(verb: str, set_name: str, elements: Iterable[str]) -> str:
@@ -496,4 +556,4 @@ def _printable(text: str) -> str:
 
 
 def _lines(lines: Iterable[str], indent: int = 2) -> str:
-    return "\n".join("\t" * indent + line for line in lines)
+    return "\n".join("\t" * indent + line if line else "" for line in lines)

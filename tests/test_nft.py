@@ -30,14 +30,13 @@ from typing import NamedTuple, Self
 import pytest
 
 from enforcer.kernel_abi import MARK_VOUCHED, MarkedScope, Protocol
+from enforcer.ladder import Feature
 from enforcer.nft import Counter, Nft, NftError
 from enforcer.policy import Level, Mode, Policy, Scope
 from enforcer.ruleset import (
     TABLE,
-    Capabilities,
     CountedScope,
     Element,
-    Feature,
     counter_name,
     render_elements,
     render_internal,
@@ -475,7 +474,7 @@ def test_error_names_the_line_and_nothing_of_the_transaction_is_kept(lab: Lab) -
 def test_full_kernel_lacks_nothing_and_probing_leaves_nothing() -> None:
     namespace = new_namespace()
     with nft_in(namespace) as nft:
-        assert nft.probe() == FULL
+        assert nft.probe() == FULL.features
     assert run(namespace, "nft", "list tables") == ""
     os.close(namespace)
 
@@ -486,7 +485,7 @@ def test_feature_that_the_kernel_refuses_is_missing(lab: Lab, monkeypatch: pytes
 
     with nft_in(lab.wan) as nft:
         monkeypatch.setattr(Nft, "apply", without_log)
-        assert nft.probe() == Capabilities(FULL.features - {Feature.LOG})
+        assert nft.probe() == FULL.features - {Feature.LOG}
 
 
 def test_probing_without_privilege_is_an_error_and_not_a_kernel_without_features(lab: Lab) -> None:
@@ -497,7 +496,7 @@ def test_probing_without_privilege_is_an_error_and_not_a_kernel_without_features
                 nft.probe()
         finally:
             os.seteuid(0)
-        assert nft.probe() == FULL
+        assert nft.probe() == FULL.features
 
 
 def test_nft_stays_in_the_namespace_where_it_was_entered(lab: Lab) -> None:
@@ -574,9 +573,9 @@ def test_forwarded_udp_is_prohibited_at_once_so_that_quic_falls_back(host: Host,
 
 
 def test_unknown_interface_is_an_uplink_until_it_is_known_to_be_internal(host: Host, plan: Plan) -> None:
-    host.nft.apply(render_internal(["br0"]))
+    host.nft.apply(render_internal(["br0"], FULL))
     assert tcp(host.lab.box, plan.box2) is Outcome.RESET
-    host.nft.apply(render_internal(INTERNAL))
+    host.nft.apply(render_internal(INTERNAL, FULL))
     assert tcp(host.lab.box, plan.box2) is Outcome.OPEN
 
 

@@ -193,7 +193,7 @@ def test_packet_that_the_gate_has_not_seen_is_judged_in_forward(host: AnsweringH
 
 
 def test_client_behind_an_interface_without_an_address_is_reset(host: AnsweringHost, plan: Plan) -> None:
-    host.nft.apply(render_internal(INTERNAL, Responder(PORT)))
+    host.nft.apply(render_internal(INTERNAL, FULL, Responder(PORT)))
     assert tcp(host.lab.box, plan.evil) is Outcome.RESET
     assert tcp(host.lab.host, plan.evil, mark=MarkedScope.ENGINE) is Outcome.ANSWERED
     host.enforce(DEFAULT, replace(ANSWERING, local=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
@@ -13,13 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enforcer.kernel_abi import Protocol
+from enforcer.ladder import Capabilities, Feature
 from enforcer.policy import HostPattern, Level, Mode, Policy, Resolvers, Rule, RuleKind, Scope
 from enforcer.ruleset import (
     LEARNED_SETS,
-    Capabilities,
     CountedScope,
     Element,
-    Feature,
     Responder,
     counter_name,
     render_elements,
@@ -29,7 +29,7 @@ from enforcer.ruleset import (
 )
 
 GOLDEN = Path(__file__).parent / "golden"
-FULL = Capabilities(frozenset(Feature))
+FULL = Capabilities()
 HOSTILE_NAME = '"; flush ruleset\n}\ntable inet other { } #' + "é" * 200
 
 
@@ -71,6 +71,24 @@ POLICIES = {
 RESPONDER = Responder(942, interfaces4=frozenset({"docker0"}))
 
 
+def without(*features: Feature) -> Capabilities:
+    return replace(FULL, features=FULL.features - set(features))
+
+
+SETS = {Feature.PLAIN_SETS, Feature.TIMED_SETS, Feature.DYNAMIC_SETS, Feature.INTERVALS}
+RUNGS = {
+    **{f"without-{feature.name.lower()}": without(feature) for feature in Feature if feature is not Feature.BASE},
+    "without-sets": without(*SETS),
+    "bare": without(*set(Feature) - SETS - {Feature.BASE}),  # WSL 2 before 5.15.57.1
+    "barest": without(*set(Feature) - {Feature.BASE}),  # the smallest 5.4
+    "without-bpf": replace(FULL, programs=frozenset()),
+    "without-tc": replace(FULL, traffic_control=False),
+    "without-cgroup": replace(FULL, cgroup=False),
+    "bare-without-bpf": replace(without(*set(Feature) - SETS - {Feature.BASE}), programs=frozenset()),
+}
+RUNG_POLICY = replace(POLICIES["addresses"], ports=(443, 5000))
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_ruleset_is_the_golden(name: str) -> None:
     path = GOLDEN / f"{name}.nft"
@@ -81,19 +99,70 @@ def test_ruleset_is_the_golden(name: str) -> None:
     assert text == path.read_text()
 
 
-def test_every_golden_has_its_policy() -> None:
+def rung_text(name: str) -> str:
+    return render_ruleset(RUNG_POLICY, RUNGS[name], ["docker0", "veth1"], RESPONDER)
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_rung_is_the_golden(name: str) -> None:
+    path = GOLDEN / "rungs" / f"{name}.nft"
+    text = rung_text(name)
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_every_golden_has_its_policy_or_its_rung() -> None:
     assert {path.stem for path in GOLDEN.glob("*.nft")} == set(POLICIES)
+    assert {path.stem for path in (GOLDEN / "rungs").glob("*.nft")} == set(RUNGS)
 
 
-@pytest.mark.parametrize("feature", [feature for feature in Feature if not feature.optional])
-def test_kernel_without_a_needed_feature_gets_no_ruleset(feature: Feature) -> None:
-    lacking = Capabilities(FULL.features - {feature})
-    with pytest.raises(ValueError, match=f"lacks {feature.name.lower()} \\(CONFIG_"):
-        render_ruleset(DEFAULT, lacking, [])
+def test_kernel_that_cannot_refuse_gets_no_ruleset() -> None:
+    with pytest.raises(ValueError, match=r"lacks CONFIG_NF_TABLES"):
+        render_ruleset(DEFAULT, without(Feature.BASE), [])
+
+
+# What nft compiles each feature to, as `nft --debug=netlink` spells it.
+EXPRESSIONS = {
+    Feature.COUNTER: r"\[ objref type 1 ",
+    Feature.CT: r"\[ ct load ",
+    Feature.LIMIT: r"\[ limit ",
+    Feature.LOG: r"\[ log (?!.*group)",
+    Feature.AUDIT: r"\[ log .*group",
+    Feature.REDIRECT: r"\[ (redir|fib|rt) ",
+    Feature.REJECT: r"\[ reject ",
+    Feature.DYNAMIC_SETS: r"\[ dynset ",
+    Feature.PLAIN_SETS: r"\[ lookup .*set (__set|internal|answered)",
+    Feature.TIMED_SETS: r"\[ lookup .*set (learned|revoked)",
+}
+
+
+def compiled(text: str) -> str:
+    """The expressions of a ruleset, as nft would send them; checked by nothing but nft itself."""
+    nft = ["nft", "--check", "--debug=netlink", "--file", "-"]
+    done = subprocess.run(["unshare", "--net", *nft], input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", RUNGS)
+def test_rung_uses_nothing_that_its_kernel_lacks(name: str) -> None:
+    used = compiled(rung_text(name))
+    for feature, pattern in EXPRESSIONS.items():
+        if feature not in RUNGS[name].features:
+            assert not re.search(pattern, used), feature
+
+
+@pytest.mark.root
+def test_full_ruleset_uses_all_of_it() -> None:
+    kernel_log = compiled(render_ruleset(RUNG_POLICY, RUNGS["without-audit"], [], RESPONDER))
+    used = compiled(render_ruleset(RUNG_POLICY, FULL, [], RESPONDER)) + kernel_log
+    assert [feature for feature, pattern in EXPRESSIONS.items() if not re.search(pattern, used)] == []
 
 
 def test_kernel_without_a_reporting_log_writes_a_few_lines_into_its_own_log_instead() -> None:
-    text = render_ruleset(DEFAULT, Capabilities(FULL.features - {Feature.AUDIT}), [])
+    text = render_ruleset(DEFAULT, without(Feature.AUDIT), [])
     reported, logged = (re.compile(pattern) for pattern in (r"\tlog prefix .* group", r"\tlimit rate .* log prefix"))
     assert logged.search(text)
     assert not reported.search(text)
@@ -103,7 +172,7 @@ def test_kernel_without_a_reporting_log_writes_a_few_lines_into_its_own_log_inst
 
 
 def test_kernel_without_redirect_resets_as_without_a_responder() -> None:
-    lacking = Capabilities(FULL.features - {Feature.REDIRECT})
+    lacking = without(Feature.REDIRECT)
     assert render_ruleset(DEFAULT, lacking, ["docker0"], RESPONDER) == render_ruleset(DEFAULT, FULL, ["docker0"])
 
 
@@ -146,9 +215,9 @@ def test_observe_mode_ends_every_judge_with_accept_and_enforce_mode_does_not() -
 
 
 def test_lo_is_always_internal_and_names_nft_cannot_quote_are_not() -> None:
-    assert render_internal([]).endswith('internal { "lo" }\n')
+    assert render_internal([], FULL).endswith('internal { "lo" }\n')
     refused = ['a"b', "eth*", "a\\", "a b", "a\nb", "", "sixteen-letters-", "é"]
-    assert render_internal(["br-1", "veth@x", *refused]).endswith('internal { "br-1", "lo", "veth@x" }\n')
+    assert render_internal(["br-1", "veth@x", *refused], FULL).endswith('internal { "br-1", "lo", "veth@x" }\n')
 
 
 def test_removal_succeeds_with_and_without_the_table() -> None:

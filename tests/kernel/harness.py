@@ -8,7 +8,7 @@ from ipaddress import ip_address
 
 from enforcer import bpf, kernel_abi
 from enforcer.dns_answer import SPECIAL_RANGES
-from enforcer.kernel_abi import DnsEvent, Outcome, Protocol
+from enforcer.kernel_abi import DnsEvent, Judging, Outcome, Protocol
 from enforcer.policy import Address
 from tests import dns_vectors
 from tests.kernel import packets
@@ -19,6 +19,8 @@ STRANGER = ip_address("198.51.100.99")
 CLIENT_PORT = 40_000
 TC_ACT_UNSPEC = 0xFFFFFFFF
 SECOND_NS = 1_000_000_000
+# What a kernel that lets connect hooks mark is given: not what takes their place on others.
+HOOKS = [hook.name.lower() for hook in bpf.CgroupHook if hook is not bpf.CgroupHook.SOCK_OPS]
 FOREIGN_MARK = 0x0000_C0DE  # bits of somebody else
 QUERY_SECONDS, FLOOR_SECONDS, CEILING_SECONDS, MARGIN_SECONDS = 10, 300, 86_400, 60
 
@@ -48,6 +50,8 @@ class Harness:
         netns_cookie: int = 0,
         pidns: tuple[int, int] = (0, 0),
         query_seconds: int = QUERY_SECONDS,
+        judging: Judging = Judging.NOT,
+        observing: bool = False,
     ) -> None:
         """Writes the settings; `pidns` is (device, inode) of the host's."""
         lifetimes = (FLOOR_SECONDS, CEILING_SECONDS, MARGIN_SECONDS, query_seconds)
@@ -59,7 +63,7 @@ class Harness:
                 *(netns_cookie, *pidns),
                 *(kernel_abi.MARK_MASK, kernel_abi.MARK_VOUCHED),
                 *(kernel_abi.MarkedScope.HOST, kernel_abi.MarkedScope.ENGINE, kernel_abi.MarkedScope.CONTAINER),
-                int(configured),
+                *(configured, judging, observing),
             ),
         )
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from enforcer import bpf, procfs
-from enforcer.bpf import CgroupHook
 from enforcer.kernel_abi import COMM_BYTES, MARK_MASK, MARK_VOUCHED, MarkedScope
-from tests.kernel.harness import FOREIGN_MARK, Harness
+from tests.kernel.harness import FOREIGN_MARK, HOOKS, Harness
 
 pytestmark = pytest.mark.root
 
@@ -136,7 +135,6 @@ def process(harness: Harness) -> Iterator[Process]:
     cgroup = root / f"re-connect-{os.getpid()}"
     cgroup.mkdir()
     bpffs = harness.state.report.generation.parent
-    hooks = [hook.name.lower() for hook in CgroupHook]
     command = [sys.executable, "-c", CHILD]
     try:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
@@ -144,14 +142,14 @@ def process(harness: Harness) -> Iterator[Process]:
                 (cgroup / "cgroup.procs").write_text(str(child.pid))
                 assert child.stdout is not None
                 netns_cookie = int(child.stdout.readline())
-                for name in hooks:
+                for name in HOOKS:
                     bpf.attach_cgroup(harness.state.programs[name], cgroup, bpffs)
                 harness.configure(netns_cookie=netns_cookie)
                 yield Process(child, cgroup, netns_cookie)
             finally:
                 child.kill()
     finally:
-        for name in hooks:
+        for name in HOOKS:
             bpf.detach_cgroup(name, cgroup, bpffs)
         for directory, _, _ in os.walk(cgroup, topdown=False):
             Path(directory).rmdir()

@@ -11,7 +11,7 @@ from enforcer import bpf, kernel_abi
 from enforcer.kernel_abi import Protocol
 from tests import dns_vectors
 from tests.kernel import packets
-from tests.kernel.harness import CLIENT_PORT, CLIENT_V4, RESOLVER_V4, Harness
+from tests.kernel.harness import CLIENT_PORT, CLIENT_V4, HOOKS, RESOLVER_V4, Harness
 
 pytestmark = pytest.mark.root
 
@@ -22,8 +22,7 @@ MOST_NS = 100_000  # a packet: an order of magnitude over the dearest that was m
 
 
 def test_every_program_is_accepted(state: bpf.KernelState) -> None:
-    hooks = {hook.name.lower() for hook in bpf.CgroupHook}
-    assert state.programs.keys() == hooks | {"learn", "track_query", "gate"}
+    assert state.programs.keys() == {*HOOKS, "learn", "track_query", "gate"}
     assert all(symbol.endswith("_pidns") for symbol in state.report.refused)
 
 

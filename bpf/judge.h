@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * The verdict that nftables will come to, for kernels whose nf_tables cannot count it or can only drop: connections are
+ * counted here, and clients told at once instead of waiting for an answer that never comes. nftables refuses all the
+ * same, so what is missed here is late and not open.
+ */
+#ifndef REGISTRY_ENFORCER_JUDGE_H
+#define REGISTRY_ENFORCER_JUDGE_H
+
+#define TCP_FLAGS_OFFSET    13
+#define TCP_FIN		    0x01
+#define TCP_SYN		    0x02
+#define TCP_RST		    0x04
+#define TCP_ACK		    0x10
+#define TCP_SEQUENCE_OFFSET 4
+#define TCP_CHECKSUM_OFFSET 16
+#define IPV4_ADDRESSES	    12 /* offset of source and destination */
+#define IPV6_ADDRESSES	    8
+#define STORE_FLAGS	    0
+
+INLINE int is_learned(struct learned_key *key)
+{
+	struct learned_value *learned = find_learned(key);
+
+	return learned && learned->expires_at > now_ns();
+}
+
+INLINE int is_first(struct packet *packet)
+{
+	return (packet->transport[TCP_FLAGS_OFFSET] & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK)) == TCP_SYN;
+}
+
+INLINE int is_listed(struct learned_key *to)
+{
+	struct listed_key key __attribute__((aligned(8)));
+
+	key.prefix_bits = 32 + 128;
+	key.port = to->port;
+	key.padding = 0;
+	copy_ipv6(key.address, to->address);
+	return find_listed(&key) != 0;
+}
+
+/* Whether this host, its containers or nobody is there: nothing that leaves. */
+INLINE int stays_here(struct learned_key *to)
+{
+	struct range_key key;
+	__u32 *range_class, *words = (__u32 *)key.address, *from = (__u32 *)to->address; /* not aligned for more */
+
+	key.prefix_bits = 128;
+	words[0] = from[0];
+	words[1] = from[1];
+	words[2] = from[2];
+	words[3] = from[3];
+	range_class = find_range(&key);
+	return range_class && *range_class == RANGE_NEVER;
+}
+
+/* Whether nothing permits this connection; counts it then. */
+INLINE int is_refused(struct learned_key *to, __u32 scope, __u32 protocol, struct settings *settings)
+{
+	__u32 number = (scope >> SCOPE_SHIFT) & (SCOPES - 1), port = to->port;
+	__u32 *level = find_level(&number);
+	__u64 *counter;
+
+	if (!level || *level == JUDGED_NONE)
+		return 0;
+	if (*level == JUDGED_EVERY && protocol == IPPROTO_TCP) {
+		if (port == DNS_PORT)
+			return 0;
+	} else if (!find_registry_port(&port)) {
+		return 0;
+	}
+	if (is_learned(to) || is_listed(to) || stays_here(to))
+		return 0;
+	number = ((settings->observing ? SCOPES : 0) + number) * 2 + (protocol == IPPROTO_UDP);
+	counter = find_refusals(&number);
+	if (counter)
+		++*counter;
+	return 1;
+}
+
+/* Exchanges two fields of the packet; a sum over both stays what it is. */
+INLINE int exchange_32(struct __sk_buff *skb, __u32 one, __u32 other)
+{
+	__u32 a, b;
+
+	return !bpf_skb_load_bytes(skb, one, &a, 4) && !bpf_skb_load_bytes(skb, other, &b, 4) &&
+	       !bpf_skb_store_bytes(skb, one, &b, 4, STORE_FLAGS) &&
+	       !bpf_skb_store_bytes(skb, other, &a, 4, STORE_FLAGS);
+}
+
+INLINE int exchange_16(struct __sk_buff *skb, __u32 one, __u32 other)
+{
+	__u16 a, b;
+
+	return !bpf_skb_load_bytes(skb, one, &a, 2) && !bpf_skb_load_bytes(skb, other, &b, 2) &&
+	       !bpf_skb_store_bytes(skb, one, &b, 2, STORE_FLAGS) &&
+	       !bpf_skb_store_bytes(skb, other, &a, 2, STORE_FLAGS);
+}
+
+/* Turns a SYN round into the reset that answers it (RFC 9293, section 3.10.7.1) and sends it back where it came from.
+ * Only the sequence numbers and the flags change the checksum, which may be left to a device: the helper knows. On a
+ * device without Ethernet header, or if anything fails, nftables has the packet. */
+INLINE int answer_with_reset(struct __sk_buff *skb, struct packet *packet)
+{
+	__u32 transport = ETH_HLEN + packet->payload - (packet->transport[12] >> 4) * 4;
+	__u32 sum = transport + TCP_CHECKSUM_OFFSET, sequence, acknowledged, before, i;
+	__u16 ether_type, flags_before, flags;
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN - 2, &ether_type, 2) || ether_type != skb->protocol || transport > 512)
+		return TC_ACT_UNSPEC;
+	if (bpf_skb_load_bytes(skb, transport + TCP_SEQUENCE_OFFSET, &sequence, 4) ||
+	    bpf_skb_load_bytes(skb, transport + TCP_SEQUENCE_OFFSET + 4, &before, 4) ||
+	    bpf_skb_load_bytes(skb, transport + TCP_FLAGS_OFFSET - 1, &flags_before, 2))
+		return TC_ACT_UNSPEC;
+	for (i = 0; i < ETH_ALEN; i += 2)
+		if (!exchange_16(skb, i, ETH_ALEN + i))
+			return TC_ACT_SHOT;
+	if (skb->protocol == NETWORK_16(ETH_P_IP)) {
+		if (!exchange_32(skb, ETH_HLEN + IPV4_ADDRESSES, ETH_HLEN + IPV4_ADDRESSES + 4))
+			return TC_ACT_SHOT;
+	} else {
+		for (i = 0; i < 16; i += 4)
+			if (!exchange_32(skb, ETH_HLEN + IPV6_ADDRESSES + i, ETH_HLEN + IPV6_ADDRESSES + 16 + i))
+				return TC_ACT_SHOT;
+	}
+	if (!exchange_16(skb, transport, transport + 2))
+		return TC_ACT_SHOT;
+	acknowledged = NETWORK_32(NETWORK_32(sequence) + 1);
+	flags = (flags_before & NETWORK_16(0xff00)) | NETWORK_16(TCP_RST | TCP_ACK);
+	if (bpf_l4_csum_replace(skb, sum, sequence, 0, 4) || bpf_l4_csum_replace(skb, sum, before, acknowledged, 4) ||
+	    bpf_l4_csum_replace(skb, sum, flags_before, flags, 2))
+		return TC_ACT_SHOT;
+	sequence = 0;
+	if (bpf_skb_store_bytes(skb, transport + TCP_SEQUENCE_OFFSET, &sequence, 4, STORE_FLAGS) ||
+	    bpf_skb_store_bytes(skb, transport + TCP_SEQUENCE_OFFSET + 4, &acknowledged, 4, STORE_FLAGS) ||
+	    bpf_skb_store_bytes(skb, transport + TCP_FLAGS_OFFSET - 1, &flags, 2, STORE_FLAGS))
+		return TC_ACT_SHOT;
+	return bpf_redirect(skb->ifindex, 0);
+}
+
+#endif
