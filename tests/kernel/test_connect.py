@@ -23,7 +23,7 @@ pytestmark = pytest.mark.root
 # Reads one JSON object a line, answers each with the mark of the socket it used. Nothing leaves: its namespace has no
 # interface that is up, and the hooks run before routing fails.
 CHILD = """
-import ctypes, json, os, socket, sys
+import ctypes, errno, json, os, socket, subprocess, sys
 
 CLONE_NEWNET, CLONE_NEWPID, SO_MARK, SO_NETNS_COOKIE = 0x40000000, 0x20000000, 36, 71
 libc = ctypes.CDLL(None, use_errno=True)
@@ -34,7 +34,8 @@ def unshare(flag):
         raise OSError(ctypes.get_errno(), "unshare")
 
 
-def mark_of(family, kind, operation, mark, address, port):
+def mark_of(family, kind, operation, mark, address, port, answer):
+    result = "0"
     families = {4: socket.AF_INET, 6: socket.AF_INET6}
     with socket.socket(families[family], socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM) as sock:
         sock.setblocking(False)
@@ -45,9 +46,9 @@ def mark_of(family, kind, operation, mark, address, port):
                 sock.connect((address, port))
             elif operation == "sendto":
                 sock.sendto(b"x", (address, port))
-        except OSError:
-            pass
-        return sock.getsockopt(socket.SOL_SOCKET, SO_MARK) & 0xFFFFFFFF
+        except OSError as error:
+            result = errno.errorcode[error.errno]
+        return result if answer == "error" else sock.getsockopt(socket.SOL_SOCKET, SO_MARK) & 0xFFFFFFFF
 
 
 def in_child(flag, request):
@@ -67,6 +68,8 @@ def in_child(flag, request):
 
 
 unshare(CLONE_NEWNET)
+for command in sys.argv[1:]:
+    subprocess.run(["ip", *command.split()], check=True)
 with socket.socket() as sock:
     cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), sys.byteorder)
 print(cookie, flush=True)
@@ -104,21 +107,21 @@ class Process:
         place: str = "here",
     ) -> int:
         """SO_MARK of a fresh socket behind `operation`: connect, sendto or none; `mark` is set before it."""
+        request = {"operation": operation, "address": address, "port": port, "kind": kind, "mark": mark}
+        return int(self._ask(comm=comm, place=place, answer="mark", **request))
+
+    def error(self, *, address: str, port: int = 443, kind: str = "tcp", comm: str = "client") -> str:
+        """The name of what connect(2) said to a fresh socket, "0" if nothing."""
+        request = {"operation": "connect", "address": address, "port": port, "kind": kind, "mark": None}
+        return self._ask(comm=comm, place="here", answer="error", **request).strip()
+
+    def _ask(self, **request: object) -> str:
         assert self.child.stdin is not None
         assert self.child.stdout is not None
-        request = {
-            "family": ip_address(address).version,
-            "kind": kind,
-            "operation": operation,
-            "address": address,
-            "port": port,
-            "mark": mark,
-            "comm": comm,
-            "place": place,
-        }
-        self.child.stdin.write(json.dumps(request) + "\n")
+        family = ip_address(str(request["address"])).version
+        self.child.stdin.write(json.dumps({"family": family, **request}) + "\n")
         self.child.stdin.flush()
-        return int(self.child.stdout.readline())
+        return self.child.stdout.readline()
 
     def enter(self, name: str) -> Path:
         """Moves it into the cgroup `name` below its own."""
