@@ -52,7 +52,9 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
         links = stack.enter_context(netlink.Netlink())
         learn = kernel.programs.get("learn")
         takes_filters = links.takes_filters(None if learn is None else learn.fd)
-        capabilities = ladder.Capabilities(features, frozenset(kernel.programs), takes_filters, cgroup is not None)
+        capabilities = ladder.Capabilities(
+            features, frozenset(kernel.programs), takes_filters, cgroup is not None, cgroup == procfs.UNIFIED
+        )
         for shortfall in ladder.shortfalls(capabilities):
             log.warning("%s: %s; %s", shortfall.subject, shortfall.missing, shortfall.cost)
         audit_log = stack.enter_context(AuditLog(policy.audit_file))

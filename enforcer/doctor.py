@@ -81,7 +81,7 @@ def examine(bpffs: Path, cgroup: Path | None) -> list[Finding]:
         return findings
     root = cgroup or procfs.cgroup_root()
     programs, takes_filters = _try_programs(bpffs, findings)
-    capabilities = ladder.Capabilities(features, programs, takes_filters, root is not None)
+    capabilities = ladder.Capabilities(features, programs, takes_filters, root is not None, root == procfs.UNIFIED)
     findings += _capabilities(capabilities)
     findings.append(Finding("table", State.OK, "in force" if present else "not there: nothing is enforced now"))
     findings += _sockets(root)

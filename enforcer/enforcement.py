@@ -76,6 +76,7 @@ RESOLVE_CONCURRENCY = 16
 RESOLVE_PAUSE_SECONDS = 0.1  # of each of them between two names: spares the resolvers when a policy has thousands
 FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
 SCRAPE_DEADLINE_SECONDS = 5.0
+CGROUP_ATTEMPTS = 5  # at a text that names cgroups
 NANOSECONDS = 1_000_000_000
 
 
@@ -194,6 +195,7 @@ class Enforcement:
         self._links = links
         self._cgroup = cgroup
         self._loop = asyncio.get_running_loop()
+        self._cgroups: dict[str, MarkedScope] = {}  # paths with a scope of their own
         self._table_present = firewall.present()  # an earlier daemon's
         self._ruleset_applied = False  # this one's
         self._responder: responder.Responder | None = None
@@ -240,10 +242,7 @@ class Enforcement:
         assert self.plan is not None  # follow_resolvers made it
         held = self._firewall.revoked() if self._table_present and self._capabilities.remembers else []
         self._revoked = {(element.address, element.port) for element in held}
-        self._firewall.apply(
-            ruleset.render_ruleset(self.policy, self._capabilities, self.plan.internal, self._answering())
-            + self._render(difference)
-        )
+        self._apply_ruleset(self.policy, self._render(difference))
         self._remember_revoked(difference)
         self._write_judge(self.policy)
         self._table_present = self._ruleset_applied = True
@@ -494,6 +493,14 @@ class Enforcement:
                     self._firewall.apply(text)
                 self._remember_revoked(changes)
 
+    def _apply_ruleset(self, policy: Policy, elements: str = "") -> None:
+        """The whole table for `policy` and changes of its sets, in one transaction. Raises NftError."""
+        assert self.plan is not None
+        internal, answering = self.plan.internal, self._answering()
+        self._apply_with_cgroups(
+            lambda cgroups: ruleset.render_ruleset(policy, self._capabilities, internal, answering, cgroups) + elements
+        )
+
     def _stop_vouching(self, withdraw: Iterable[Destination]) -> None:
         """Before the table takes a permission back: a SYN that BPF vouches for would give it back again."""
         learned = self._kernel.maps["learned"]
@@ -697,6 +704,7 @@ class Enforcement:
     def know_cgroups(self, known: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF which cgroups hold containers and engines: these and no others."""
         known = list(known)
+        self._cgroups = {cgroup.path: cgroup.scope for cgroup in known}
         self._kernel.maps["cgroups"].replace_all({_cgroup_key(cgroup): _u32(cgroup.scope) for cgroup in known})
         self._stamp(known)
 
@@ -705,9 +713,27 @@ class Enforcement:
         cgroups = self._kernel.maps["cgroups"]
         for cgroup in vanished:
             cgroups.delete(_cgroup_key(cgroup))
+            self._cgroups.pop(cgroup.path, None)
         for cgroup in appeared:
             cgroups.update(_cgroup_key(cgroup), _u32(cgroup.scope))
+            self._cgroups[cgroup.path] = cgroup.scope
         self._stamp(appeared)
+        if self._table_present and self._capabilities.scopes_in_nft:
+            self._apply_with_cgroups(functools.partial(ruleset.render_cgroups, self._capabilities))
+
+    def _apply_with_cgroups(self, render: Callable[[Iterable[tuple[str, MarkedScope]]], str]) -> None:
+        """Apply what names cgroups, which may vanish before nft has looked them up: then without those."""
+        for _ in range(CGROUP_ATTEMPTS):
+            present = [each for each in self._cgroups.items() if self._cgroup and (self._cgroup / each[0]).exists()]
+            try:
+                self._firewall.apply(render(present if self._capabilities.scopes_in_nft else ()))
+            except nft.NftError as error:
+                refusal = error
+            else:
+                return
+            if not self._capabilities.scopes_in_nft:
+                break
+        raise refusal
 
     def _stamp(self, cgroups: Iterable[procfs.Cgroup]) -> None:
         """Before 5.8: have the sockets that are made in these cgroups stamped."""
@@ -738,10 +764,7 @@ class Enforcement:
         self._redirected = set(ruleset.Redirected)  # the operator may have let them in
         self._stop_vouching(changes.withdraw)
         try:
-            self._firewall.apply(
-                ruleset.render_ruleset(policy, self._capabilities, self.plan.internal, self._answering())
-                + self._render(changes)
-            )
+            self._apply_ruleset(policy, self._render(changes))
         except nft.NftError as error:
             names.update_many((key, before[key]) for key in narrowed)
             self.metrics.reloads.labels("failed").inc()
@@ -848,9 +871,7 @@ class Enforcement:
             return
         self._redirected -= dropped
         assert self.plan is not None
-        self._firewall.apply(
-            ruleset.render_ruleset(self.policy, self._capabilities, self.plan.internal, self._answering())
-        )
+        self._apply_ruleset(self.policy)
         log.warning(
             "another table's input chain drops the %s connections that are redirected to the responder, so they are "
             "reset again: let 'ct status dnat tcp dport %d' in there, then reload the policy (SIGHUP)",

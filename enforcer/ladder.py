@@ -6,7 +6,8 @@ take features back into old kernels and leave them out of new ones. From the top
     learning     BPF at tc ingress; else a packet socket, and the answer is ahead of the permission
     vouching     connect hooks that set the mark; else sock_ops (before 5.8); else a second look: the first SYN of each
                  connection is dropped and judged when it comes again, a second later, so that refusal stays exact
-    scopes       connect hooks; else programs on the cgroups of each scope (before 5.8); else none: "unknown"
+    scopes       connect hooks; else programs on the cgroups of each scope (before 5.8); else nftables, by the cgroup of
+                 a packet's socket (5.13, and no hybrid hierarchy); else none: "unknown"
     judging      connections, by conntrack; else the packet that begins one
     memory       sets of learned addresses; else the mark alone
     refusing     the responder; else a reset; else, where BPF judges as well, EPERM from connect(2); else silence
@@ -59,6 +60,7 @@ class Feature(enum.Enum):
         " meta l4proto tcp redirect to :9; }"
     )
     REJECT = "chain probe { meta l4proto tcp reject with tcp reset; reject with icmpx admin-prohibited; }"
+    SOCKET = 'chain probe { socket cgroupv2 level 0 "." accept; }'  # 5.13
 
     @property
     def kernel_option(self) -> str:
@@ -87,6 +89,7 @@ _OPTIONS: dict[Feature, tuple[str, tuple[str, ...]]] = {
         ("nft_chain_nat", "nft_nat", "nft_redir", "nft_fib_inet"),
     ),
     Feature.REJECT: ("CONFIG_NFT_REJECT_INET", ("nft_reject_inet",)),
+    Feature.SOCKET: ("CONFIG_NFT_SOCKET, CONFIG_SOCK_CGROUP_DATA", ("nft_socket",)),
 }
 
 # A redirect is watched by counters, bounded by a limit, and guarded by resets.
@@ -120,6 +123,7 @@ class Capabilities:
     programs: frozenset[str] = PROGRAMS  # BPF programs that are loaded
     traffic_control: bool = True  # tc takes BPF filters
     cgroup: bool = True  # there is a cgroup v2 hierarchy to attach to
+    unified: bool = True  # it is at /sys/fs/cgroup, where nft looks for it
 
     @property
     def enforceable(self) -> bool:
@@ -152,6 +156,12 @@ class Capabilities:
         return self.cgroup and not self.stamps_connections and self.programs >= STAMPS | {"sock_ops"}
 
     @property
+    def scopes_in_nft(self) -> bool:
+        """Whether nftables tells scopes by the cgroup of a packet's socket, since BPF does not."""
+        in_bpf = self.stamps_connections or self.stamps_sockets
+        return not in_bpf and self.cgroup and self.unified and Feature.SOCKET in self.features
+
+    @property
     def looks_twice(self) -> frozenset[Origin]:
         """Whose first packets are dropped once; where refusing is silence, that gives the second look by itself."""
         if Feature.REJECT not in self.features or not self.features >= {Feature.TIMED_SETS, Feature.DYNAMIC_SETS}:
@@ -177,8 +187,9 @@ class Capabilities:
 def shortfalls(capabilities: Capabilities) -> Iterator[Shortfall]:
     """What is missing, what that costs and what to do; nothing on a kernel that gives everything."""
     features = capabilities.features
+    scopes_elsewhere = capabilities.stamps_connections or capabilities.stamps_sockets
     for feature, cost in _COSTS.items():
-        if feature not in features:
+        if feature not in features and not (feature is Feature.SOCKET and scopes_elsewhere):
             yield Shortfall(
                 f"nftables {feature.name.lower()}",
                 "the kernel refuses it",
@@ -214,12 +225,20 @@ def shortfalls(capabilities: Capabilities) -> Iterator[Shortfall]:
             "user's shell count as the host; refusals do not name the process",
             'a newer kernel, or [scope] host = "strict"',
         )
+    elif capabilities.scopes_in_nft:
+        yield Shortfall(
+            "bpf connect hooks",
+            "refused",
+            "nftables tells engines by their cgroup, not by program name: podman, skopeo and ctr in a user's shell "
+            "count as the host; refusals do not name the process",
+            'let the daemon load BPF programs, or write [scope] host = "strict"',
+        )
     elif not capabilities.stamps_connections:
         yield Shortfall(
             "bpf connect hooks",
             "refused",
             "local connections have no scope and are judged as unknown, the strictest scope in force",
-            "see the programs below",
+            "let the daemon load BPF programs",
         )
 
 
@@ -236,4 +255,5 @@ _COSTS: dict[Feature, str] = {
     Feature.AUDIT: "refusals are not audited; some are in the kernel's log, of its first network namespace",
     Feature.REDIRECT: "refused clients are reset, and not told by whom",
     Feature.REJECT: "refused packets are dropped: clients wait for their own deadline, unless BPF can tell them",
+    Feature.SOCKET: "nftables cannot tell engines and containers from the host either",
 }

@@ -33,6 +33,8 @@ UPSTREAM_RESOLV_CONFS: Final = (
 )
 WSL_RESOLVER: Final = IPv4Address("10.255.255.254")  # on lo of every distribution since WSL 2.2.1 (DNS tunnelling)
 
+UNIFIED: Final = Path("/sys/fs/cgroup")  # where the v2 hierarchy is when there is no other
+
 _READ_BYTES = 65_536
 _SYMLINK_HOPS = 40  # the kernel's own limit, MAXSYMLINKS
 _SO_NETNS_COOKIE = 71  # Linux 5.14

@@ -37,6 +37,7 @@ _COMMENT_BYTES = 100  # nft takes 128 with the terminating NUL; the rule's kind 
 
 # What nft's quoted strings carry literally: they know no escapes, and a trailing * would be a wildcard.
 _INTERFACE_NAME = re.compile(r"[!#-)+-.0-9;-\[\]-~]{1,15}")
+_CGROUP_PATH = re.compile(r"[!#-)+-\[\]-~]{1,1000}")  # the same, with slashes and colons
 
 
 class CountedScope(enum.Enum):
@@ -109,9 +110,16 @@ def counter_name(mode: Mode, scope: CountedScope, protocol: Protocol) -> str:
 
 
 def render_ruleset(
-    policy: Policy, capabilities: Capabilities, internal: Iterable[str], responder: Responder | None = None
+    policy: Policy,
+    capabilities: Capabilities,
+    internal: Iterable[str],
+    responder: Responder | None = None,
+    cgroups: Iterable[tuple[str, MarkedScope]] = (),
 ) -> str:
     """The whole table for `policy`; `internal` are the interfaces that lead only into this host (lo always is one).
+
+    `cgroups` are the paths whose sockets have a scope of their own; they matter where nftables tells scopes, must exist
+    then, and are looked up when the text is applied.
 
     Without a responder, and where the kernel cannot redirect to it, every refusal is a reset, and where it cannot do
     that either, silence. ValueError if the kernel cannot refuse at all.
@@ -168,11 +176,7 @@ table inet {TABLE} {{
 
 	# Each judge accepts, or returns what is to be refused.
 	chain judge_local {{
-		# No verdict map: while the table is replaced, the elements of the old map are gone before its rule is.
-		meta mark & {MARK_SCOPE_MASK:#010x} == {MarkedScope.HOST:#010x} goto judge_host
-		meta mark & {MARK_SCOPE_MASK:#010x} == {MarkedScope.ENGINE:#010x} goto judge_engine
-		meta mark & {MARK_SCOPE_MASK:#010x} == {MarkedScope.CONTAINER:#010x} goto judge_container
-		goto judge_unknown
+{_lines(_judge_local(capabilities, cgroups))}
 	}}
 
 {_judges(policy, capabilities)}
@@ -281,6 +285,21 @@ def _never_judged(capabilities: Capabilities) -> Iterator[str]:
     else:
         yield f"{began} meta l4proto tcp accept"
     yield "oifname @internal accept" if Feature.PLAIN_SETS in capabilities.features else "jump internal"
+
+
+def _judge_local(capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> Iterator[str]:
+    if capabilities.scopes_in_nft:
+        yield "# No connect hook stamps sockets: their cgroup tells the scope, the deepest that is known."
+        for path, scope in sorted(cgroups, key=lambda each: (-each[0].count("/"), each)):
+            if _CGROUP_PATH.fullmatch(path):
+                level = path.count("/") + 1
+                yield f'socket cgroupv2 level {level} "{path}" goto judge_{scope.name.lower()}'
+        yield 'socket cgroupv2 level 0 "." goto judge_host'
+    else:
+        yield "# No verdict map: while the table is replaced, the elements of the old map are gone before its rule is."
+        for scope in (MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER):
+            yield f"meta mark & {MARK_SCOPE_MASK:#010x} == {scope:#010x} goto judge_{scope.name.lower()}"
+    yield "goto judge_unknown"
 
 
 def _judges(policy: Policy, capabilities: Capabilities) -> str:
@@ -429,6 +448,16 @@ def _replace(set_name: str, names: Iterable[str]) -> str:
     text = f"flush set inet {TABLE} {set_name}\n"
     quoted = ", ".join(f'"{name}"' for name in sorted(names) if _INTERFACE_NAME.fullmatch(name))
     return text + (f"add element inet {TABLE} {set_name} {{ {quoted} }}\n" if quoted else "")
+
+
+def render_cgroups(capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> str:
+    """Has scopes told by these cgroups from now on; empty where nftables does not tell them."""
+    if not capabilities.scopes_in_nft:
+        return ""
+    rules = (line for line in _judge_local(capabilities, cgroups) if not line.startswith("#"))
+    return f"flush chain inet {TABLE} judge_local\n" + "".join(
+        f"add rule inet {TABLE} judge_local {rule}\n" for rule in rules
+    )
 
 
 def render_elements(permit: Iterable[Element], withdraw: Iterable[tuple[Address, int]]) -> str:

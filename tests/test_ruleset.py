@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enforcer.kernel_abi import Protocol
+from enforcer.kernel_abi import MarkedScope, Protocol
 from enforcer.ladder import Capabilities, Feature
 from enforcer.policy import HostPattern, Level, Mode, Policy, Resolvers, Rule, RuleKind, Scope
 from enforcer.ruleset import (
@@ -22,6 +23,7 @@ from enforcer.ruleset import (
     Element,
     Responder,
     counter_name,
+    render_cgroups,
     render_elements,
     render_internal,
     render_removal,
@@ -82,6 +84,7 @@ RUNGS = {
     "bare": without(*set(Feature) - SETS - {Feature.BASE}),  # WSL 2 before 5.15.57.1
     "barest": without(*set(Feature) - {Feature.BASE}),  # the smallest 5.4
     "without-bpf": replace(FULL, programs=frozenset()),
+    "without-bpf-hybrid": replace(FULL, programs=frozenset(), unified=False),
     "without-tc": replace(FULL, traffic_control=False),
     "without-cgroup": replace(FULL, cgroup=False),
     "bare-without-bpf": replace(without(*set(Feature) - SETS - {Feature.BASE}), programs=frozenset()),
@@ -99,8 +102,16 @@ def test_ruleset_is_the_golden(name: str) -> None:
     assert text == path.read_text()
 
 
-def rung_text(name: str) -> str:
-    return render_ruleset(RUNG_POLICY, RUNGS[name], ["docker0", "veth1"], RESPONDER)
+CGROUPS = [
+    ("system.slice/docker.service", MarkedScope.ENGINE),
+    ("docker/0a1b", MarkedScope.CONTAINER),
+    ("machine.slice", MarkedScope.CONTAINER),
+    ('"; flush ruleset', MarkedScope.HOST),
+]
+
+
+def rung_text(name: str, cgroups: Sequence[tuple[str, MarkedScope]] = CGROUPS) -> str:
+    return render_ruleset(RUNG_POLICY, RUNGS[name], ["docker0", "veth1"], RESPONDER, cgroups)
 
 
 @pytest.mark.parametrize("name", RUNGS)
@@ -131,6 +142,7 @@ EXPRESSIONS = {
     Feature.AUDIT: r"\[ log .*group",
     Feature.REDIRECT: r"\[ (redir|fib|rt) ",
     Feature.REJECT: r"\[ reject ",
+    Feature.SOCKET: r"\[ socket ",
     Feature.DYNAMIC_SETS: r"\[ dynset ",
     Feature.PLAIN_SETS: r"\[ lookup .*set (__set|internal|answered)",
     Feature.TIMED_SETS: r"\[ lookup .*set (learned|revoked)",
@@ -148,7 +160,7 @@ def compiled(text: str) -> str:
 @pytest.mark.root
 @pytest.mark.parametrize("name", RUNGS)
 def test_rung_uses_nothing_that_its_kernel_lacks(name: str) -> None:
-    used = compiled(rung_text(name))
+    used = compiled(rung_text(name, cgroups=()))
     for feature, pattern in EXPRESSIONS.items():
         if feature not in RUNGS[name].features:
             assert not re.search(pattern, used), feature
@@ -158,7 +170,17 @@ def test_rung_uses_nothing_that_its_kernel_lacks(name: str) -> None:
 def test_full_ruleset_uses_all_of_it() -> None:
     kernel_log = compiled(render_ruleset(RUNG_POLICY, RUNGS["without-audit"], [], RESPONDER))
     used = compiled(render_ruleset(RUNG_POLICY, FULL, [], RESPONDER)) + kernel_log
+    used += compiled(render_ruleset(RUNG_POLICY, RUNGS["without-bpf"], []))
     assert [feature for feature, pattern in EXPRESSIONS.items() if not re.search(pattern, used)] == []
+
+
+def test_cgroups_are_told_by_the_same_rules_when_they_change() -> None:
+    capabilities = RUNGS["without-bpf"]
+    text = render_cgroups(capabilities, CGROUPS)
+    rules = re.findall(r"^add rule inet registry_enforcer judge_local (.*)$", text, re.MULTILINE)
+    assert rules
+    assert "\n".join(f"\t\t{rule}" for rule in rules) in rung_text("without-bpf")
+    assert render_cgroups(FULL, CGROUPS) == ""
 
 
 def test_kernel_without_a_reporting_log_writes_a_few_lines_into_its_own_log_instead() -> None:
