@@ -44,6 +44,7 @@ _ARRAY, _PERF_EVENT_ARRAY, _RINGBUF = 2, 4, 27
 _PER_CPU_TYPES = frozenset({5, 6, 10, 21})  # hash, array, LRU hash, cgroup storage
 
 _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280}  # asm/unistd.h
+ARCHITECTURES = tuple(_SYSCALL_NUMBERS)  # as uname(2) calls them; all little-endian, as bpf/build.h wants
 _BPFFS_MAGIC = 0xCAFE4A11  # BPF_FS_MAGIC, linux/magic.h
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _F_ALLOW_MULTI = 2
@@ -457,6 +458,25 @@ def has_ring_buffer() -> bool:
             raise
         return False
     return True
+
+
+def forbidden() -> str | None:
+    """Why this process may load no program at all; None if it may, whatever else may go wrong then.
+
+    Tried with the smallest program of the type that learns. Raises BpfError on an architecture that is not known.
+    """
+    instructions = bytearray.fromhex("b700000000000000" "9500000000000000")  # r0 = 0; exit
+    licence = bytearray(b"GPL\0")
+    attributes = packed("IIQQIIQII", ProgramType.SCHED_CLS, 2, address(instructions), address(licence), 0, 0, 0, 0, 0)
+    try:
+        os.close(call(PROG_LOAD, attributes))
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            return "this kernel has no bpf(2) (CONFIG_BPF_SYSCALL)"
+        if error.errno == errno.EPERM:
+            return "BPF programs may not be loaded" + _advice(os.strerror(errno.EPERM))
+        raise BpfError(f"the smallest BPF program is refused: {error.strerror}") from error
+    return None
 
 
 def _digest(loader: Loader, inputs: list[Path]) -> str:

@@ -23,6 +23,11 @@ VOUCHED = MarkedScope.CONTAINER | MARK_VOUCHED
 both_families = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 
 
+@pytest.fixture(autouse=True)
+def _marks_are_testable(harness: Harness) -> None:
+    harness.need_marks()
+
+
 def segment(destination: Address, port: int = 443, *, flags: int = SYN, options: bytes = b"") -> bytes:
     transport = packets.tcp(50_000, port, flags=flags)
     return packets.frame(CONTAINER[destination.version], destination, Protocol.TCP, transport, options=options)

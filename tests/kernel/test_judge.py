@@ -130,7 +130,8 @@ def test_what_is_permitted_or_not_judged_is_left_to_nftables(judge: Harness, ver
     run = gate(judge, frame)
     assert (run.verdict, run.packet) == (TC_ACT_UNSPEC, frame)
     assert counted(judge, MarkedScope.CONTAINER) == before
-    assert bool(run.mark & MARK_VOUCHED) == (why == "learned")
+    if judge.tests_marks:
+        assert bool(run.mark & MARK_VOUCHED) == (why == "learned")
 
 
 @both_families
