@@ -465,7 +465,7 @@ def forbidden() -> str | None:
 
     Tried with the smallest program of the type that learns. Raises BpfError on an architecture that is not known.
     """
-    instructions = bytearray.fromhex("b700000000000000" "9500000000000000")  # r0 = 0; exit
+    instructions = bytearray.fromhex("b7000000000000009500000000000000")  # r0 = 0; exit
     licence = bytearray(b"GPL\0")
     attributes = packed("IIQQIIQII", ProgramType.SCHED_CLS, 2, address(instructions), address(licence), 0, 0, 0, 0, 0)
     try:
