@@ -102,6 +102,11 @@ class LearnedAddresses:
         """The permission that ends last; KeyError if there is none."""
         return max(self._holders[destination].values(), key=lambda entry: entry.expires_at)
 
+    def holds(self, entry: LearnedAddress) -> bool:
+        """Whether to learn `entry` would change nothing: its holder has the destination, for about as long."""
+        held = self._holders.get(entry.destination, {}).get((entry.rule, entry.pattern))
+        return held is not None and entry.expires_at < held.expires_at + REFRESH_MARGIN_SECONDS
+
     def learn(self, entries: Iterable[LearnedAddress]) -> Changes:
         """Hold `entries`; the changes name only what is new or lives noticeably longer than before."""
         permit: dict[Destination, LearnedAddress] = {}

@@ -15,11 +15,11 @@ PACKAGE = Path(__file__).parent.parent / "enforcer"
 
 CORE = {
     *("kernel_abi", "toml_lines", "policy", "dns_answer", "learned", "ruleset", "advice", "topology", "attribution"),
-    *("denial", "audit_record", "revocation", "nfnetlink", "ladder"),
+    *("denial", "audit_record", "revocation", "nfnetlink", "ladder", "overhearing"),
 }
 SHELL = {
     *("bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver", "state"),
-    *("audit", "conntrack", "containers", "nflog", "responder", "authority"),
+    *("audit", "conntrack", "containers", "nflog", "responder", "authority", "packet_socket"),
 }
 TOP = {
     "daemon",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enforcer.dns_answer import AnswerAddress, DnsAnswer
-from enforcer.kernel_abi import LIFETIME_CEILING_SECONDS, LIFETIME_FLOOR_SECONDS, RangeClass
+from enforcer.kernel_abi import LIFETIME_CEILING_SECONDS, LIFETIME_FLOOR_SECONDS, REFRESH_MARGIN_SECONDS, RangeClass
 from enforcer.learned import Destination, LearnedAddress, LearnedAddresses, lifetime_seconds, permitted
 from enforcer.policy import Address, HostPattern, Rule, RuleKind
 
@@ -153,3 +153,15 @@ def test_what_the_kernel_was_told_never_outlives_what_is_held(steps: list[tuple[
             if expires_at > now:
                 assert destination in learned
                 assert expires_at <= learned.longest(destination).expires_at
+
+
+def test_what_is_held_for_about_as_long_is_no_news() -> None:
+    learned = LearnedAddresses()
+    learned.learn([entry(1_000)])
+    assert learned.holds(entry(1_000 + REFRESH_MARGIN_SECONDS - 1))
+    assert not learned.holds(entry(1_000 + REFRESH_MARGIN_SECONDS))
+    for other in entry(1_000, port=5000), entry(1_000, rule="cdn"), entry(1_000, pattern=OTHER_PATTERN):
+        assert not learned.holds(other)
+    for news in entry(1_000), entry(1_000 + REFRESH_MARGIN_SECONDS - 1), entry(1_000 + REFRESH_MARGIN_SECONDS):
+        assert learned.holds(news) == (not learned.learn([news]))
+    assert len(list(learned)) == 1
