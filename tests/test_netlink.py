@@ -25,10 +25,10 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from enforcer.netlink import Change, Changes, Direction, Netlink, NetlinkError
 from enforcer.topology import Interface, Role, Route, plan_attachments
+from tests.namespaces import checked, inside, ip, libc, new_namespace, path_of, run
 
 pytestmark = pytest.mark.root
 
-_CLONE_NEWNET = 0x40000000
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}[os.uname().machine]
 _BPF_PROG_LOAD = 5
 _BPF_PROG_TYPE_SCHED_CLS = 3
@@ -37,65 +37,12 @@ _SOL_NETLINK, _NETLINK_EXT_ACK = 270, 11
 _MARK = 0x80000000
 DEADLINE_SECONDS = 5
 
-libc = ctypes.CDLL(None, use_errno=True)
-
 
 # --- a lab -----------------------------------------------------------------------------------------------------------
-def _checked(status: int) -> int:
-    if status < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return status
-
-
-@contextlib.contextmanager
-def inside(namespace: int) -> Iterator[None]:
-    """This thread, and what it starts, in the network namespace behind a descriptor."""
-    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    _checked(libc.setns(namespace, _CLONE_NEWNET))
-    try:
-        yield
-    finally:
-        _checked(libc.setns(before, _CLONE_NEWNET))
-        os.close(before)
-
-
-@contextlib.contextmanager
-def new_namespace() -> Iterator[int]:
-    """A descriptor of a new network namespace, lo up."""
-    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    _checked(libc.unshare(_CLONE_NEWNET))
-    try:
-        namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        ip("link set lo up")
-    finally:
-        _checked(libc.setns(before, _CLONE_NEWNET))
-        os.close(before)
-    try:
-        yield namespace
-    finally:
-        os.close(namespace)
-
-
-def run(command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command.split(), capture_output=True, text=True, check=False)
-
-
-def ip(command: str) -> None:
-    """One command of ip(8), or several separated by semicolons; they must succeed."""
-    for line in command.split(";"):
-        finished = run(f"ip {line}")
-        assert finished.returncode == 0, f"ip {line}: {finished.stderr}"
-
-
 def tc(command: str) -> str:
     finished = run(f"tc {command}")
     assert finished.returncode == 0, f"tc {command}: {finished.stderr}"
     return finished.stdout
-
-
-def path_of(namespace: int) -> str:
-    """How iproute2 finds it."""
-    return f"/proc/{os.getpid()}/fd/{namespace}"
 
 
 @pytest.fixture
@@ -140,7 +87,7 @@ def program(instructions: bytes) -> Iterator[int]:
     request = struct.pack(
         "=IIQQ", _BPF_PROG_TYPE_SCHED_CLS, len(instructions) // 8, ctypes.addressof(code), ctypes.addressof(licence)
     ).ljust(120, b"\0")
-    fd = _checked(libc.syscall(_SYS_BPF, _BPF_PROG_LOAD, ctypes.create_string_buffer(request), len(request)))
+    fd = checked(libc.syscall(_SYS_BPF, _BPF_PROG_LOAD, ctypes.create_string_buffer(request), len(request)))
     try:
         yield fd
     finally:
