@@ -25,6 +25,7 @@ TOP = {
     "daemon",
     "enforcement",
     "auditing",
+    "without_bpf",
     "doctor",
     "cli",
     "bpf_loader",
