@@ -77,7 +77,7 @@ class Packet:
 class _Query:
     """A question under way. Compared as it is, where BPF has room for a hash only."""
 
-    question: bytes  # lower-case name in wire form, type, class
+    question: bytes  # as of _question()
     asked_at_ns: int
 
 
@@ -94,16 +94,6 @@ class _Segment:
     end: int  # of the packet, by its IP header
     datagram_end: int  # UDP: by its UDP header, beyond `end` in a fragment; TCP: `end`
     fragment: bool  # more follow
-
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """The one question of a message."""
-
-    wire: bytes  # as _Query.question
-    labels: tuple[bytes, ...]  # lower case, without the root
-    rdtype: int
-    rdclass: int
 
 
 _QueryKey = tuple[Protocol, bytes, bytes, int, bytes]  # protocol, resolver, client, client's port, transaction id
@@ -172,11 +162,14 @@ class Overhearing:
             transaction, flags, questions, _, _, _ = _HEADER.unpack_from(wire)
             if flags & (_FLAG_ANSWER | _FLAGS_OPCODE) or questions != 1:
                 return
-            question = _read_question(wire)
-            if question is None:
+            name = _read_name(wire)
+            if name is None:
                 return
+            question = _question(wire, name[1])
+            if question is None:
+                continue
             key = segment.protocol, segment.destination, segment.source, segment.source_port, transaction
-            self._queries[key] = _Query(question.wire, packet.at_ns)
+            self._queries[key] = _Query(question, packet.at_ns)
             self._queries.move_to_end(key)
             if len(self._queries) > MAX_QUERIES:
                 self._queries.popitem(last=False)
@@ -192,17 +185,22 @@ class Overhearing:
         query = self._queries.pop(key, None)  # a second answer teaches nothing
         if query is None or now_ns - query.asked_at_ns > _QUERY_WINDOW_NS:
             return Outcome.UNSOLICITED, False
-        question = _read_question(wire)
+        name = _read_name(wire)
+        if name is None:
+            return Outcome.MALFORMED, False
+        labels, name_end = name
+        if _steps(labels) > _MAX_NAME_STEPS:
+            return Outcome.UNREADABLE, False
+        question = _question(wire, name_end)
         if question is None:
             return Outcome.MALFORMED, False
-        if _steps(question) > _MAX_NAME_STEPS:
-            return Outcome.UNREADABLE, False
-        if question.wire != query.question:
+        if question != query.question:
             return Outcome.MISMATCHED, False
-        name = _text(question)
-        if name is None or question.rdclass != _CLASS_IN or not self._listed(name):
+        rdtype, rdclass = _QUESTION_END.unpack_from(wire, name_end)
+        text = _text(labels)
+        if text is None or rdclass != _CLASS_IN or not self._listed(text):
             return Outcome.UNLISTED, False
-        if question.rdtype not in ADDRESS_TYPES:
+        if rdtype not in ADDRESS_TYPES:
             return Outcome.NO_ADDRESS, False
         if flags & _FLAG_TRUNCATED or len(wire) < whole or segment.fragment:
             return Outcome.UNREADABLE, True
@@ -297,40 +295,43 @@ def _messages(data: bytes, segment: _Segment) -> Iterator[tuple[bytes, int]]:
 
 
 # --- questions -------------------------------------------------------------------------------------------------------
-def _read_question(wire: bytes) -> _Question | None:
-    """The question behind the header; None if it is cut, or compressed, which nobody does there."""
-    labels = []
+def _read_name(wire: bytes) -> tuple[list[bytes], int] | None:
+    """(labels in lower case without the root, offset behind it) of the name behind the header.
+
+    None if it is cut, too long or compressed, which nobody does in a question.
+    """
+    labels: list[bytes] = []
     at, position = _HEADER.size, 0
-    while True:
-        if at >= len(wire):
-            return None
+    while at < len(wire):
         length = wire[at]
         if length > _MAX_LABEL_BYTES or at + 1 + length > len(wire) or position + length >= _MAX_WIRE_NAME:
             return None
         at += 1
         if not length:
-            break
+            return labels, at
         labels.append(wire[at : at + length].lower())
         at += length
         position += 1 + length
-    end = at + _QUESTION_END.size
-    if end > len(wire):
-        return None
-    rdtype, rdclass = _QUESTION_END.unpack_from(wire, at)
+    return None
+
+
+def _question(wire: bytes, name_end: int) -> bytes | None:
+    """What two messages must have in common: name in lower case, type, class; None if it is cut."""
+    end = name_end + _QUESTION_END.size
     # A label's length is no letter: lower() leaves it alone.
-    return _Question(wire[_HEADER.size : at].lower() + wire[at:end], tuple(labels), rdtype, rdclass)
+    return None if end > len(wire) else wire[_HEADER.size : name_end].lower() + wire[name_end:end]
 
 
-def _steps(question: _Question) -> int:
+def _steps(labels: list[bytes]) -> int:
     """In how many steps BPF reads the name: eight bytes of a label each, and one for the root."""
-    return sum(-(-len(label) // _LABEL_BYTES_A_STEP) for label in question.labels) + 1
+    return sum(-(-len(label) // _LABEL_BYTES_A_STEP) for label in labels) + 1
 
 
-def _text(question: _Question) -> str | None:
+def _text(labels: list[bytes]) -> str | None:
     """The name as the policy writes it; None for the root, and where a dot or a NUL in a label would fake another.
 
     What is not ASCII becomes some other character than ASCII, so that it is equal to nothing in a policy.
     """
-    if not question.labels or any(b"." in label or b"\0" in label for label in question.labels):
+    if not labels or any(b"." in label or b"\0" in label for label in labels):
         return None
-    return b".".join(question.labels).decode("latin-1")
+    return b".".join(labels).decode("latin-1")
