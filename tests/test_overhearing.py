@@ -8,6 +8,8 @@ from __future__ import annotations
 import struct
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from enforcer.kernel_abi import (
     MAX_QUERIES,
@@ -17,6 +19,7 @@ from enforcer.kernel_abi import (
     Outcome,
     Protocol,
 )
+from enforcer.overhearing import Packet
 from tests import dns_vectors
 from tests.dns_vectors import Vector
 from tests.ear import ETHERNET_HEADER_BYTES, INTERFACE, Ear
@@ -386,3 +389,9 @@ def test_address_that_expired_is_reported_again(ear: Ear) -> None:
     ear.now_ns += 1_001 * SECOND_NS
     ear.ask(PLAIN.query)
     assert ear.answer(answer_with(1_000)) is Outcome.LEARNED
+
+
+# --- whatever comes --------------------------------------------------------------------------------------------------
+@given(st.binary(max_size=120), st.booleans(), st.sampled_from((b"", b"\x45\0", b"\x60\0")))
+def test_no_bytes_trouble_it_and_what_nobody_asked_for_teaches_nothing(data: bytes, leaving: bool, head: bytes) -> None:
+    assert Ear().overhearing.hear(Packet(0, INTERFACE, leaving, head + data)) == []

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +27,7 @@ from tests.namespaces import inside, ip, new_namespace, path_of
 
 pytestmark = pytest.mark.root
 
+ROOT = Path(__file__).parent.parent
 DEADLINE_SECONDS = 10
 STUB_V4, STUB_V6 = ip_address("127.0.0.53"), ip_address("::1")
 VECTORS = {vector.name: vector for vector in dns_vectors.load()}
@@ -197,6 +201,44 @@ def test_answer_in_fragments_is_left_to_the_daemon_by_its_first(far: int) -> Non
             assert len(listener.packets) == 2  # the query, the first fragment
 
     drive(test)
+
+
+# --- rights ----------------------------------------------------------------------------------------------------------
+CHILD = """
+import asyncio, socket, sys, time
+from enforcer.packet_socket import PacketSockets
+
+async def main():
+    heard = asyncio.Event()
+    with PacketSockets(lambda packets: heard.set(), time.CLOCK_BOOTTIME) as sockets:
+        sockets.listen_on([socket.if_nametoindex("lo")])
+        with socket.socket(type=socket.SOCK_DGRAM) as client:
+            client.sendto(b"anything", ("127.0.0.1", 53))
+        await asyncio.wait_for(heard.wait(), 10)
+
+asyncio.run(main())
+"""
+
+
+def child_with(capabilities: str) -> subprocess.CompletedProcess[str]:
+    """Listens on lo, in this namespace, with these capabilities and no others."""
+    only = ["setpriv", f"--bounding-set=-all{capabilities}", "--inh-caps=-all"]
+    return subprocess.run(
+        [*only, sys.executable, "-c", CHILD], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_two_capabilities_suffice(far: int) -> None:
+    finished = child_with(",+net_admin,+net_raw")
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_without_the_right_to_raw_sockets_it_says_which_is_missing(far: int) -> None:
+    finished = child_with(",+net_admin")
+    assert finished.returncode != 0
+    assert "PacketSocketError: no packet socket: Operation not permitted; run as root, or with CAP_NET_RAW" in (
+        finished.stderr
+    )
 
 
 # --- the filter ------------------------------------------------------------------------------------------------------
