@@ -59,7 +59,7 @@ _MAX_LABEL_BYTES = 63
 _MAX_WIRE_NAME = 255
 _LABEL_BYTES_A_STEP = 8
 _MAX_NAME_STEPS = 95  # BPF has no more for an answer's question; only names of some hundred labels take them
-_FLAG_ANSWER, _FLAGS_OPCODE, _FLAG_TRUNCATED, _FLAGS_RCODE = 0x8000, 0x7800, 0x0200, 0x000F
+_FLAG_ANSWER, _FLAGS_OPCODE, _FLAG_TRUNCATED = 0x8000, 0x7800, 0x0200
 _CLASS_IN = 1
 
 
@@ -204,8 +204,6 @@ class Overhearing:
             return Outcome.NO_ADDRESS, False
         if flags & _FLAG_TRUNCATED or len(wire) < whole or segment.fragment:
             return Outcome.UNREADABLE, True
-        if flags & _FLAGS_RCODE:
-            return Outcome.NO_ADDRESS, False
         try:
             answer = parse_answer(wire, unpack_address(segment.source))
         except DnsAnswerError:
@@ -280,7 +278,7 @@ def _messages(data: bytes, segment: _Segment) -> Iterator[tuple[bytes, int]]:
     """(at most MAX_WIRE_BYTES of a message, its whole length), of a UDP packet one and of a TCP segment two at most."""
     at = segment.payload
     tcp = segment.protocol is Protocol.TCP
-    for _ in range(_MAX_MESSAGES if tcp else 1):
+    for _ in range(_MAX_MESSAGES):
         if tcp:
             if at + 2 >= segment.end or at + 2 > len(data):
                 return
@@ -291,7 +289,7 @@ def _messages(data: bytes, segment: _Segment) -> Iterator[tuple[bytes, int]]:
         if size <= 0 or at + size > len(data):
             return
         yield data[at : at + size], whole
-        at += whole
+        at += whole  # of UDP the end
 
 
 # --- questions -------------------------------------------------------------------------------------------------------

@@ -169,6 +169,17 @@ def test_name_of_a_hundred_labels_neither_teaches_nor_troubles_the_daemon(ear: E
         assert len(ear.events) == 1
 
 
+@pytest.mark.parametrize(("length", "outcome"), [(63, Outcome.LEARNED), (64, Outcome.UNSOLICITED)])
+def test_label_that_is_too_long_is_neither_remembered_nor_learned(ear: Ear, length: int, outcome: Outcome) -> None:
+    wire = dns_vectors.assemble(
+        f"1234 8180 0001 0001 0000 0000 '{'a' * length} example.com. 0001 0001 c00c 0001 0001 0000003c 0004 c0000201"
+    )
+    ear.ask(dns_vectors.question_of(wire))
+    assert ear.answer(wire) is outcome
+    ear.ask(PLAIN.query)
+    assert ear.answer(wire) is (Outcome.MALFORMED if length > 63 else Outcome.MISMATCHED)
+
+
 # --- which packets count ---------------------------------------------------------------------------------------------
 def test_answer_to_another_port_teaches_nothing(ear: Ear) -> None:
     ear.ask(PLAIN.query, port=CLIENT_PORT + 1)
