@@ -248,7 +248,7 @@ class Enforcement:
         settings = self._kernel.maps["settings"]
         slot = bytes(4)
         before = kernel_abi.SETTINGS.codec.unpack(settings.lookup(slot) or bytes(kernel_abi.SETTINGS.size))
-        pidns_device, pidns_inode = procfs.pidns_identity()
+        pidns_device, pidns_inode = procfs.pidns_of_host()
         settings.update(
             slot,
             kernel_abi.SETTINGS.codec.pack(

@@ -72,9 +72,17 @@ def test_endless_resolver_file_is_read_up_to_a_bound() -> None:
     ("release", "version", "run_wsl", "expected"),
     [
         ("5.15.167.4-microsoft-standard-WSL2", "", False, True),
-        ("6.6.0-own", "Linux version 6.6.0 (root@Microsoft.com)", False, True),
+        ("6.18.40.1-microsoft-standard-WSL2+", "", False, True),
+        ("", "Linux version 6.6.87.2-microsoft-standard-WSL2 (root@439a258ad544) (gcc 11.2.0)", False, True),
+        ("6.9.1-locietta-WSL2-xanmod1", "", False, True),
         ("6.6.0-own", "Linux version 6.6.0 (me@home)", True, True),
+        ("6.6.0-own", "Linux version 6.6.0 (me@home)", False, False),
         ("6.1.0-28-amd64", "Linux version 6.1.0-28-amd64 (debian-kernel@lists.debian.org)", False, False),
+        # Docker Desktop's own machine, and kernels that Microsoft builds for Azure.
+        ("6.10.14-linuxkit", "Linux version 6.10.14-linuxkit (root@buildkitsandbox)", False, False),
+        ("6.8.0-1018-azure", "Linux version 6.8.0-1018-azure (buildd@lcy02-amd64-037)", False, False),
+        ("6.6.47.1-1.azl3", "Linux version 6.6.47.1-1.azl3 (root@build.microsoft.com)", False, False),
+        ("6.6.0-newslab", "Linux version 6.6.0-newslab (me@home)", False, False),
     ],
 )
 def test_wsl_is_recognized_by_kernel_or_run_directory(
@@ -85,6 +93,16 @@ def test_wsl_is_recognized_by_kernel_or_run_directory(
     if run_wsl:
         (tmp_path / "WSL").mkdir()
     assert procfs.is_wsl(tmp_path / "osrelease", tmp_path / "version", tmp_path / "WSL") is expected
+
+
+def test_a_file_in_the_place_of_wsls_run_directory_is_not_it(tmp_path: Path) -> None:
+    (tmp_path / "WSL").touch()
+    assert not procfs.is_wsl(tmp_path / "osrelease", tmp_path / "version", tmp_path / "WSL")
+
+
+def test_no_pid_namespace_is_the_hosts_where_each_distribution_is_one() -> None:
+    assert procfs.pidns_of_host(wsl=False) == procfs.pidns_identity()
+    assert procfs.pidns_of_host(wsl=True) == (0, 0)
 
 
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}[os.uname().machine]
