@@ -237,7 +237,9 @@ class Enforcement:
         held = self._firewall.revoked() if self._table_present else []
         self._revoked = {(element.address, element.port) for element in held}
         self._firewall.apply(
-            ruleset.render_ruleset(self.policy, self._capabilities, self.plan.internal, self._answering())
+            ruleset.render_ruleset(
+                self.policy, self._capabilities, self.plan.internal, self._answering(), self.plan.host_loopback
+            )
             + self._render(difference)
         )
         self._remember_revoked(difference)
@@ -570,7 +572,10 @@ class Enforcement:
     def fit_interfaces(self, changed: netlink.Change = netlink.Change.EVERYTHING) -> None:
         """Attach the programs where the interfaces, routes and resolvers of this moment want them."""
         routes = {address: self._links.route_to(address) for address in self.resolvers}
-        before, self.plan = self.plan, topology.plan_attachments(self._links.interfaces(), self._links.routes(), routes)
+        before = self.plan
+        self.plan = topology.plan_attachments(
+            self._links.interfaces(), self._links.routes(), routes, wsl=procfs.is_wsl()
+        )
         if changed & netlink.Change.TRAFFIC_CONTROL:
             self._attached.clear()  # somebody touched filters: look at each
         ranges = {
@@ -609,8 +614,12 @@ class Enforcement:
 
     def _tell_interfaces(self) -> None:
         assert self.plan is not None
-        # An earlier daemon's table may have no sets for the responder.
-        text = ruleset.render_internal(self.plan.internal, self._answering() if self._ruleset_applied else None)
+        # An earlier daemon's table may have no such sets.
+        text = ruleset.render_internal(
+            self.plan.internal,
+            self._answering() if self._ruleset_applied else None,
+            self.plan.host_loopback if self._ruleset_applied else None,
+        )
         if text != self._interfaces:
             self._firewall.apply(text)
             self._interfaces = text
@@ -669,7 +678,9 @@ class Enforcement:
         self._stop_vouching(changes.withdraw)
         try:
             self._firewall.apply(
-                ruleset.render_ruleset(policy, self._capabilities, self.plan.internal, self._answering())
+                ruleset.render_ruleset(
+                    policy, self._capabilities, self.plan.internal, self._answering(), self.plan.host_loopback
+                )
                 + self._render(changes)
             )
         except nft.NftError as error:
@@ -778,7 +789,9 @@ class Enforcement:
         self._redirected -= dropped
         assert self.plan is not None
         self._firewall.apply(
-            ruleset.render_ruleset(self.policy, self._capabilities, self.plan.internal, self._answering())
+            ruleset.render_ruleset(
+                self.policy, self._capabilities, self.plan.internal, self._answering(), self.plan.host_loopback
+            )
         )
         log.warning(
             "another table's input chain drops the %s connections that are redirected to the responder, so they are "

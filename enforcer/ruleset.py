@@ -122,6 +122,7 @@ class Responder:
 
 
 _RESPONDER_SETS = ("answered4", "answered6", "internal_routes")
+_HOST_LOOPBACK = "ip daddr 127.0.0.0/8 oifname @host_loopback accept"
 # A flood is reset instead: the responder is the daemon, which has better to do.
 _REDIRECT_LIMIT = "limit rate over 1000/second burst 2000 packets accept"
 
@@ -150,9 +151,15 @@ def counter_name(mode: Mode, scope: CountedScope, protocol: Protocol) -> str:
 
 
 def render_ruleset(
-    policy: Policy, capabilities: Capabilities, internal: Iterable[str], responder: Responder | None = None
+    policy: Policy,
+    capabilities: Capabilities,
+    internal: Iterable[str],
+    responder: Responder | None = None,
+    host_loopback: Iterable[str] = (),
 ) -> str:
     """The whole table for `policy`; `internal` are the interfaces that lead only into this host (lo always is one).
+
+    `host_loopback` are those that do so for 127.0.0.0/8 alone.
 
     Without a responder, and where the kernel has no redirect, every refusal is a reset. ValueError if the kernel lacks
     something that the table needs: half a table would refuse half.
@@ -194,6 +201,9 @@ table inet {TABLE} {{
 
 	# Interfaces that lead only into this host. Any other one, known or not, is an uplink.
 	set internal {{ type ifname; }}
+
+	# WSL 2's way to 127.0.0.1, which is this host's own as much as Windows'. To nothing else.
+	set host_loopback {{ type ifname; }}
 
 {_lines(counters, 0)}
 {_responder_chains(policy, responder)}
@@ -237,6 +247,7 @@ table inet {TABLE} {{
 		ct state established ip daddr . tcp dport != @revoked4 accept
 		ct state established ip6 daddr . tcp dport != @revoked6 accept
 		oifname @internal accept
+		{_HOST_LOOPBACK}
 	}}
 
 	# Each judge accepts, or returns what is to be refused.
@@ -295,7 +306,7 @@ table inet {TABLE} {{
 	}}
 }}
 
-{render_internal(internal, responder)}"""
+{render_internal(internal, responder, host_loopback)}"""
 
 
 def _responder_chains(policy: Policy, responder: Responder | None) -> str:
@@ -365,13 +376,18 @@ def _redirect_local(responder: Responder) -> Iterator[str]:
         yield "meta l4proto != tcp accept"
         yield "tcp flags & (fin | syn | rst | ack) != syn accept"
         yield "oifname @internal accept"
+        yield _HOST_LOOPBACK
         yield _REDIRECT_LIMIT
         yield "jump judge_local"
         yield f"meta l4proto tcp redirect to :{responder.port}"
 
 
-def render_internal(names: Iterable[str], responder: Responder | None = None) -> str:
+def render_internal(
+    names: Iterable[str], responder: Responder | None = None, host_loopback: Iterable[str] | None = None
+) -> str:
     """Replaces the set of internal interfaces with `names` and lo, and with a responder the sets of those it serves.
+
+    `host_loopback` None: the table in force, an earlier build's, has no such set.
 
     A name that nft's text cannot carry literally is left out: that interface is judged as an uplink.
     """
@@ -380,6 +396,8 @@ def render_internal(names: Iterable[str], responder: Responder | None = None) ->
     if responder is not None:
         answered = responder.interfaces4, responder.interfaces6, names
         sets |= dict(zip(_RESPONDER_SETS, answered, strict=True))
+    if host_loopback is not None:
+        sets["host_loopback"] = host_loopback
     return "".join(_replace(set_name, members) for set_name, members in sets.items())
 
 
