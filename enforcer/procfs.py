@@ -31,9 +31,10 @@ UPSTREAM_RESOLV_CONFS: Final = (
     Path("/run/systemd/resolve/resolv.conf"),
     Path("/run/NetworkManager/no-stub-resolv.conf"),
 )
-WSL_RESOLVER: Final = IPv4Address("10.255.255.254")  # on lo of every distribution since WSL 2.2.1 (DNS tunnelling)
+WSL_RESOLVER: Final = IPv4Address("10.255.255.254")  # on lo since WSL 2.2.1, unless DNS tunnelling is off
 
 _READ_BYTES = 65_536
+_MODULES_READ_BYTES = 4_194_304  # a distribution's modules.dep has 0.7 MB
 _SYMLINK_HOPS = 40  # the kernel's own limit, MAXSYMLINKS
 _SO_NETNS_COOKIE = 71  # Linux 5.14
 _KERNEL_MINOR_BITS = 20  # include/linux/kdev_t.h, MINORBITS
@@ -52,10 +53,10 @@ _FILE_HANDLE = struct.Struct("=Iiq")  # struct file_handle with a 64-bit handle:
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, limit: int = _READ_BYTES) -> str:
     try:
         with path.open("rb") as file:
-            return file.read(_READ_BYTES).decode(errors="replace")
+            return file.read(limit).decode(errors="replace")
     except OSError:
         return ""
 
@@ -67,13 +68,14 @@ def trusted_resolvers(
     """The resolvers that this host uses: those it names, those behind its stub, and WSL's; each once, in that order.
 
     Local stubs are among them and are heard on lo. An IPv6 address keeps its scope ("fe80::1%eth0"). `wsl` None: see
-    for yourself.
+    for yourself. WSL's counts where DNS is tunnelled, even if this distribution asks another one, since others may ask
+    it. Without the tunnel it is anybody's on the networks behind Windows.
     """
     # Without any, the resolver library asks the local host (resolv.conf(5)).
     resolvers: list[Address] = list(_name_servers(resolv_conf)) or [IPv4Address("127.0.0.1")]
     for path in upstream:
         resolvers += _name_servers(path)
-    if is_wsl() if wsl is None else wsl:
+    if (is_wsl() if wsl is None else wsl) and is_own_address(WSL_RESOLVER):
         resolvers.append(WSL_RESOLVER)
     return tuple(dict.fromkeys(resolvers))
 
@@ -85,6 +87,16 @@ def _name_servers(path: Path) -> Iterator[Address]:
             with contextlib.suppress(ValueError):  # the resolver library skips such lines too
                 address = ip_address(words[1])
                 yield (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
+
+
+def is_own_address(address: IPv4Address) -> bool:
+    """Whether an interface of this network namespace has it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.bind((str(address), 0))
+        except OSError:
+            return False
+    return True
 
 
 # --- identity --------------------------------------------------------------------------------------------------------
@@ -102,6 +114,20 @@ def is_wsl(
     """Whether this is a WSL 2 distribution; a kernel of the user's own may not say so, WSL's run directory does."""
     named = _WSL_RELEASE.search(_read(release)) or _WSL_VERSION.search(_read(version))
     return named is not None or run_wsl.is_dir()
+
+
+def loadable_modules(directory: Path | None = None) -> frozenset[str] | None:
+    """Names of the modules that modprobe finds for the running kernel; None if it has no directory of them.
+
+    `directory` is /lib/modules/<release> unless told. In WSL 2 it is mounted into each distribution where the kernel
+    comes with modules (6.6 and newer; microsoft/WSL, main.cpp).
+    """
+    directory = directory or Path("/lib/modules") / os.uname().release
+    if not directory.is_dir():
+        return None
+    listed = (line.partition(":") for line in _read(directory / "modules.dep", _MODULES_READ_BYTES).splitlines())
+    files = (Path(path).name for path, separator, _ in listed if separator)
+    return frozenset(name.partition(".ko")[0].replace("-", "_") for name in files)
 
 
 def netns_cookie() -> int | None:
