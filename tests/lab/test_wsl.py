@@ -344,6 +344,35 @@ def test_second_distribution_stands_by_and_takes_over(network: Lab, daemon: Daem
         standby.remove()
 
 
+def test_terminated_distribution_leaves_refusal_and_the_next_daemon_takes_over(
+    network: Lab, debian: Distribution
+) -> None:
+    """Its bpffs is mounted in it alone, so the connect hooks go with it; table and tc programs stay."""
+    arch = Distribution(network, "arch")
+    first = Daemon(network, arch)
+    first.places[1] = "/run/bpf/registry-enforcer"
+    first.start()
+    clients = debian.agent(), debian.agent("skopeo")
+    for client in clients:
+        assert_reached(client.connect("registry.allowed.test"))
+        assert_refused(client.connect("evil.test"))
+    arch.stop()
+    for client in clients:
+        assert_reached(client.connect("registry.allowed.test"))
+        assert_refused(client.connect("evil.test"))
+        assert_refused(client.attempt(EVIL_ADDRESS, 5000))
+    second = Daemon(network, debian)
+    second.log_file.unlink(missing_ok=True)
+    second.start()
+    try:
+        for offset, client in enumerate(clients):
+            assert_reached(client.connect(fresh_name(15_200 + offset)))
+            assert_refused(client.connect("evil.test"))
+    finally:
+        second.remove()
+    assert_reached(clients[0].connect("evil.test"))
+
+
 def test_log_of_the_boot_script_is_bounded(daemon: Daemon) -> None:
     with daemon.log_file.open("a") as log:
         log.write(("x" * 99 + "\n") * 20_000)
