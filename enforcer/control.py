@@ -88,16 +88,20 @@ def _hold_network_namespace() -> Iterator[None]:
             if (holder := _lock_holder()) is not None:
                 raise AlreadyRunningError(_held_by(holder))
         else:
-            # Anybody may bind an abstract name, a container on the host's network among them. He must not be able to
-            # keep enforcement away, so only a holder who could enforce counts.
-            log.warning("somebody who is not root holds the lock of this network namespace; enforcing without it")
+            # Anybody may bind an abstract name, a container on the host's network among them. It must not be able to
+            # keep enforcement away, so only a holder who could be a daemon counts.
+            log.warning(
+                "somebody who is not root, or is in a container, holds the lock of this network namespace; "
+                "enforcing without it"
+            )
         yield
 
 
 def _lock_holder() -> int | None:
-    """Process id of the daemon that holds this network namespace, 0 if it is in another pid namespace; None: no daemon.
+    """Process id of the daemon that holds this network namespace, 0 if it is out of sight; None: no daemon.
 
-    Its credentials are those it had when it began to listen, in the numbers of our own namespaces.
+    Its credentials are those it had when it began to listen, in the numbers of our own namespaces. Out of sight is who
+    is in a pid namespace beside ours, as WSL's distributions are. Who is in one below ours is in a container.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
         asking.setblocking(False)  # a full queue would block, and says nothing
@@ -106,16 +110,25 @@ def _lock_holder() -> int | None:
         except (ConnectionRefusedError, BlockingIOError):
             return None
         pid, uid, _ = _UCRED.unpack(asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return int(pid) if uid in (0, os.geteuid()) else None
+    if uid not in (0, os.geteuid()) or (pid and not _in_our_pid_namespace(pid)):
+        return None
+    return int(pid)
+
+
+def _in_our_pid_namespace(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/ns/pid").samefile("/proc/self/ns/pid")
+    except OSError:
+        return True  # ended, or not ours to look at: a daemon until it lets go
 
 
 def _held_by(pid: int) -> str:
     if pid:
         return f"process {pid} already enforces in this network namespace; stop it, or use it with its own --run-dir"
     return (
-        "another process already enforces in this network namespace, out of sight in another pid namespace: in WSL 2 "
-        "that of another distribution (wsl.exe --list --running), elsewhere that of a container; one is enough, and "
-        "restricts all of them; stop it there to have it here"
+        "another process already enforces in this network namespace, out of sight in another pid namespace, in WSL 2 "
+        "that of another distribution (wsl.exe --list --running); one is enough, and restricts all of them; stop it "
+        "there to have it here"
     )
 
 

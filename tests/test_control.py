@@ -192,19 +192,21 @@ def test_daemons_of_two_network_namespaces_do_not_see_each_other(tmp_path: Path,
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("listening", [True, False])
-def test_whoever_is_not_root_cannot_keep_the_daemon_away(
-    tmp_path: Path, lock_name: str, caplog: pytest.LogCaptureFixture, listening: bool
+@pytest.mark.parametrize(("flags", "uid"), [(0, 65_534), (CLONE_NEWPID, 0)], ids=["other user", "container's root"])
+def test_who_cannot_be_a_daemon_cannot_keep_it_away(
+    tmp_path: Path, lock_name: str, caplog: pytest.LogCaptureFixture, flags: int, uid: int
 ) -> None:
-    if listening:
-        with hold_elsewhere(tmp_path, lock_name, uid=65_534) as stranger:
-            assert said(stranger) == "held\n"
-            with control.hold(tmp_path / "two"):
-                pass
-            stranger.kill()
-    else:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bound:
-            bound.bind(control.NAMESPACE_LOCK)
-            with control.hold(tmp_path / "two"):
-                pass
-    assert "not root" in caplog.text
+    with hold_elsewhere(tmp_path / "one", lock_name, flags=flags, uid=uid) as stranger:
+        assert said(stranger) == "held\n"
+        with control.hold(tmp_path / "two"):
+            pass
+        stranger.kill()
+    assert "not root, or is in a container" in caplog.text
+
+
+def test_name_that_nobody_listens_at_is_no_daemon(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bound:
+        bound.bind(control.NAMESPACE_LOCK)
+        with control.hold(tmp_path / "two"):
+            pass
+    assert "not root, or is in a container" in caplog.text

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from enforcer import doctor, procfs
+from enforcer import bpf, doctor, netlink, procfs
 from enforcer.ruleset import Capabilities, Feature
 
 FULL = frozenset(Feature)
@@ -53,3 +54,26 @@ def test_tc_is_tried_where_no_packet_passes(tmp_path: Path) -> None:
     inside = doctor._in_new_network(lambda: str(Path("/proc/thread-self/ns/net").readlink()))
     assert inside != str(outside)
     assert Path("/proc/thread-self/ns/net").readlink() == outside
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("taken", [True, False])
+def test_kernel_without_tc_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool) -> None:
+    if not taken:
+
+        def refuse(*_: object) -> bool:
+            raise netlink.NetlinkError(2, "Specified qdisc kind is unknown.")
+
+        monkeypatch.setattr(netlink.Netlink, "attach", refuse)
+        monkeypatch.setattr(procfs, "loadable_modules", lambda: frozenset({"cls_bpf", "sch_ingress"}))
+    bpffs = tmp_path / "bpf"
+    assert bpf.ensure_bpffs(bpffs)
+    try:
+        findings = {finding.subject: finding for finding in doctor._bpf(bpffs, wsl=True)}
+    finally:
+        subprocess.run(["umount", bpffs], check=True)
+    tc = findings["tc"]
+    assert tc.state is (doctor.State.OK if taken else doctor.State.MISSING)
+    if not taken:
+        assert tc.fact == "takes no program: Specified qdisc kind is unknown."
+        assert tc.remedy.startswith("load it: modprobe -a sch_ingress cls_bpf;")

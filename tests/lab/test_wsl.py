@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ REFUSED_WITHIN = 5.0
 HOST = "two"
 WSL_POLICY = policy().replace('host = "off"\n', "")  # the default decides
 
+BOUND = """
+import socket, sys
+with socket.socket() as client:
+    client.settimeout(5)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, sys.argv[1].encode())
+    client.connect((sys.argv[2], 443))
+"""
 DNSMASQ = ("dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--no-hosts", "--no-resolv",
            "--pid-file", "--bind-interfaces")  # fmt: skip
 
@@ -450,7 +458,9 @@ def test_mirrored_loopback_is_reached_and_nothing_else_that_way(
         assert_reached(client.attempt("127.0.0.1", 443))
         assert_reached(client.connect("registry.allowed.test"))
         assert_refused(client.connect("evil.test"))
-    # Windows might forward what is sent there, as what a socket that is bound to the device sends.
+    # Windows might forward what is sent there: by a route, or by a socket that is bound to the device, as anybody may.
+    bound = debian.run(sys.executable, "-Ic", BOUND, "loopback0", EVIL_ADDRESS)
+    assert "ConnectionRefusedError" in bound.stdout, bound.stdout
     mirrored.ip(HOST, f"route add {EVIL_ADDRESS}/32 via {LOOPBACK_GATEWAY} dev loopback0 onlink")
     try:
         for client in (debian.agent(), debian.agent("dockerd")):
