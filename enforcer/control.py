@@ -1,17 +1,23 @@
-"""The control socket: how `status` and `explain` ask the running daemon.
+"""The control socket: how `status` and `explain` ask the running daemon; and that there is one daemon only.
 
 One JSON object in, one out, each on a line of at most MAX_REQUEST_BYTES, then the connection ends. The socket lies in
 the run directory, which only root may enter; its mode says so again.
+
+A lock file keeps a run directory for one daemon, a name among the abstract sockets keeps a network namespace for one:
+WSL 2's distributions have a /run each and share one network, so no file would tell the second of the first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +26,14 @@ MAX_REQUEST_BYTES = 65_536
 REQUEST_DEADLINE_SECONDS = 5.0
 SOCKET_NAME = "control.sock"
 LOCK_NAME = "lock"
+# An abstract name (unix(7)) belongs to the network namespace, is seen from all its mount and pid namespaces, and ends
+# with the last process that holds it, however that ends.
+NAMESPACE_LOCK = "\0registry-enforcer"
+_BACKLOG = 4_096  # nobody accepts: each who asks for the holder stays in the queue
+_LOCK_ATTEMPTS = 3  # a holder may end, or may have bound and not listened yet
+_UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+
+log = logging.getLogger("registry-enforcer")
 
 Answer = dict[str, Any]
 Handler = Callable[[Mapping[str, Any]], Answer]
@@ -30,7 +44,7 @@ class NotRunningError(Exception):
 
 
 class AlreadyRunningError(Exception):
-    """Another daemon holds this run directory; the message names its process."""
+    """Another daemon holds this run directory or network namespace; the message says which, and what to do."""
 
 
 class RequestError(Exception):
@@ -39,7 +53,10 @@ class RequestError(Exception):
 
 @contextlib.contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
-    """Be the only daemon of `run_dir` (made if missing, mode 0700); AlreadyRunningError otherwise."""
+    """Be the only daemon of `run_dir` (made if missing, mode 0700) and of this network namespace.
+
+    AlreadyRunningError if there is another one.
+    """
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(run_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -50,9 +67,69 @@ def hold(run_dir: Path) -> Iterator[None]:
             raise AlreadyRunningError(f"process {owner} already enforces with --run-dir {run_dir}") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
+        with _hold_network_namespace():
+            yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _hold_network_namespace() -> Iterator[None]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as lock:
+        for _ in range(_LOCK_ATTEMPTS):
+            try:
+                lock.bind(NAMESPACE_LOCK)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                lock.listen(_BACKLOG)
+                break
+            if (holder := _lock_holder()) is not None:
+                raise AlreadyRunningError(_held_by(holder))
+        else:
+            # Anybody may bind an abstract name, a container on the host's network among them. It must not be able to
+            # keep enforcement away, so only a holder who could be a daemon counts.
+            log.warning(
+                "somebody who is not root, or is in a container, holds the lock of this network namespace; "
+                "enforcing without it"
+            )
+        yield
+
+
+def _lock_holder() -> int | None:
+    """Process id of the daemon that holds this network namespace, 0 if it is out of sight; None: no daemon.
+
+    Its credentials are those it had when it began to listen, in the numbers of our own namespaces. Out of sight is who
+    is in a pid namespace beside ours, as WSL's distributions are. Who is in one below ours is in a container.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        asking.setblocking(False)  # a full queue would block, and says nothing
+        try:
+            asking.connect(NAMESPACE_LOCK)
+        except (ConnectionRefusedError, BlockingIOError):
+            return None
+        pid, uid, _ = _UCRED.unpack(asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    if uid not in (0, os.geteuid()) or (pid and not _in_our_pid_namespace(pid)):
+        return None
+    return int(pid)
+
+
+def _in_our_pid_namespace(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/ns/pid").samefile("/proc/self/ns/pid")
+    except OSError:
+        return True  # ended, or not ours to look at: a daemon until it lets go
+
+
+def _held_by(pid: int) -> str:
+    if pid:
+        return f"process {pid} already enforces in this network namespace; stop it, or use it with its own --run-dir"
+    return (
+        "another process already enforces in this network namespace, out of sight in another pid namespace, in WSL 2 "
+        "that of another distribution (wsl.exe --list --running); one is enough, and restricts all of them; stop it "
+        "there to have it here"
+    )
 
 
 @contextlib.asynccontextmanager

@@ -7,15 +7,19 @@ hooks, BPF programs are loaded beside a running daemon's and unlinked again. A b
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from enforcer import bpf, ladder, netlink, nft, procfs, topology
+
+_CLONE_NEWNET = 0x40000000
 
 
 class State(enum.Enum):
@@ -50,7 +54,8 @@ class Finding:
 def examine(bpffs: Path, cgroup: Path | None) -> list[Finding]:
     """Everything, in the order in which an operator would mend it."""
     findings = [Finding("kernel", State.OK, f"Linux {platform.release()} on {platform.machine()}")]
-    if procfs.is_wsl():
+    wsl = procfs.is_wsl()
+    if wsl:
         findings.append(
             Finding("wsl", State.OK, "WSL 2: one daemon restricts every distribution; scope.host defaults to strict")
         )
@@ -80,26 +85,39 @@ def examine(bpffs: Path, cgroup: Path | None) -> list[Finding]:
         )
         return findings
     root = cgroup or procfs.cgroup_root()
-    programs, takes_filters = _try_programs(bpffs, findings)
+    programs, takes_filters = _try_programs(bpffs, findings, wsl=wsl)
     capabilities = ladder.Capabilities(features, programs, takes_filters, root is not None, root == procfs.UNIFIED)
-    findings += _capabilities(capabilities)
+    findings += _capabilities(capabilities, wsl=wsl)
     findings.append(Finding("table", State.OK, "in force" if present else "not there: nothing is enforced now"))
     findings += _sockets(root)
-    findings += _network()
+    findings += _network(wsl=wsl)
     return findings
 
 
-def _capabilities(capabilities: ladder.Capabilities) -> Iterator[Finding]:
+def _capabilities(capabilities: ladder.Capabilities, *, wsl: bool = False) -> Iterator[Finding]:
     """One finding for all that is there, one for each thing that is not."""
     present = sorted(feature.name.lower() for feature in capabilities.features)
     if present:
         yield Finding("nftables", State.OK, ", ".join(present))
+    loadable = procfs.loadable_modules()
     for shortfall in ladder.shortfalls(capabilities):
         state = State.NOTE if capabilities.enforceable else State.MISSING
-        yield Finding(shortfall.subject, state, shortfall.missing, shortfall.cost, shortfall.remedy)
+        remedy = shortfall.remedy or _bring(shortfall.modules, shortfall.kernel_option, loadable, wsl=wsl)
+        yield Finding(shortfall.subject, state, shortfall.missing, shortfall.cost, remedy)
 
 
-def _try_programs(bpffs: Path, findings: list[Finding]) -> tuple[frozenset[str], bool]:
+def _bring(modules: Iterable[str], options: str, loadable: frozenset[str] | None, *, wsl: bool) -> str:
+    """What to do about something that the kernel lacks and `modules` or kernel `options` would bring."""
+    found = [module for module in modules if loadable is not None and module in loadable]
+    if found:
+        keep = "the command of [boot] in /etc/wsl.conf" if wsl else "/etc/modules-load.d/"
+        return f"load it: modprobe -a {' '.join(found)}; at each start, by {keep}"
+    lacking = "this kernel has no modules" if loadable is None else "this kernel's modules do not have it"
+    newer = "wsl.exe --update, or " if wsl else ""
+    return f"{lacking}: {newer}a kernel with {options}"
+
+
+def _try_programs(bpffs: Path, findings: list[Finding], *, wsl: bool) -> tuple[frozenset[str], bool]:
     """The BPF programs that this kernel takes, and whether tc takes them as filters; adds what there is to say."""
     trial = bpffs / f"doctor-{os.getpid()}"
     try:
@@ -107,9 +125,7 @@ def _try_programs(bpffs: Path, findings: list[Finding]) -> tuple[frozenset[str],
             findings.append(Finding("bpffs", State.OK, f"was not mounted; mounted now, for {bpffs}"))
         bpf.ensure_bpffs(trial)
         report = bpf.load(trial)
-        with bpf.KernelState(report) as kernel, netlink.Netlink() as links:
-            learn = kernel.programs.get("learn")
-            takes_filters = links.takes_filters(None if learn is None else learn.fd)
+        takes_filters = _in_new_network(lambda: _takes_filters(report))
     except bpf.BpfError as error:
         findings.append(
             Finding("bpf", State.NOTE, str(error), "addresses cannot be learned before the client uses them")
@@ -122,7 +138,17 @@ def _try_programs(bpffs: Path, findings: list[Finding]) -> tuple[frozenset[str],
     for symbol, why in report.refused.items():
         if symbol not in report.programs and symbol.removesuffix("_pidns") not in report.programs:
             findings.append(Finding(f"bpf {symbol}", State.NOTE, f"refused: {why}"))
-    if report.programs.get("connect4", "").endswith("_pidns"):
+    if wsl and "connect4" in report.programs:
+        findings.append(
+            Finding(
+                "host-network containers",
+                State.NOTE,
+                "told apart by cgroup only: each distribution is a pid namespace of its own",
+                "on cgroup v1 a --network host container counts as host",
+                'leave [scope] host = "strict", the default in WSL 2',
+            )
+        )
+    elif report.programs.get("connect4", "").endswith("_pidns"):
         findings.append(Finding("host-network containers", State.OK, "told apart by pid namespace and cgroup"))
     elif report.programs:
         findings.append(
@@ -135,6 +161,25 @@ def _try_programs(bpffs: Path, findings: list[Finding]) -> tuple[frozenset[str],
             )
         )
     return frozenset(report.programs), takes_filters
+
+
+def _takes_filters(report: bpf.LoadReport) -> bool:
+    with bpf.KernelState(report) as kernel, netlink.Netlink() as links:
+        learn = kernel.programs.get("learn")
+        return links.takes_filters(None if learn is None else learn.fd)
+
+
+def _in_new_network(look: Callable[[], bool]) -> bool:
+    """`look` in a network namespace of its own, which ends with the thread: nothing there carries a packet.
+
+    Where the kernel has no other than ours to give, False: not everything that we need is there.
+    """
+
+    def enter_and_look() -> bool:
+        return ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) == 0 and look()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(enter_and_look).result()
 
 
 def _sockets(root: Path | None) -> Iterator[Finding]:
@@ -158,11 +203,11 @@ def _sockets(root: Path | None) -> Iterator[Finding]:
         )
 
 
-def _network() -> Iterator[Finding]:
+def _network(*, wsl: bool) -> Iterator[Finding]:
     resolvers = procfs.trusted_resolvers()
     with netlink.Netlink() as links:
         routes = {resolver: links.route_to(resolver) for resolver in resolvers}
-        plan = topology.plan_attachments(links.interfaces(), links.routes(), routes)
+        plan = topology.plan_attachments(links.interfaces(), links.routes(), routes, wsl=wsl)
     unlearnable = dict(plan.unlearnable)
     for resolver in resolvers:
         if resolver in unlearnable:
@@ -176,4 +221,13 @@ def _network() -> Iterator[Finding]:
         else:
             yield Finding(f"resolver {resolver}", State.OK, "its answers teach")
     for entry in plan.roles:
+        if entry.role is topology.Role.HOST_LOOPBACK:
+            yield Finding(
+                f"interface {entry.interface.name}",
+                State.NOTE,
+                f"{entry.role.value}: {entry.why}",
+                "programs on Windows are reached at 127.0.0.1 unjudged; a proxy among them can reach any registry",
+                "have the proxies on Windows judge names themselves",
+            )
+            continue
         yield Finding(f"interface {entry.interface.name}", State.OK, f"{entry.role.value}: {entry.why}")

@@ -300,7 +300,7 @@ class Enforcement:
         settings = self._kernel.maps["settings"]
         slot = bytes(4)
         before = kernel_abi.SETTINGS.codec.unpack(settings.lookup(slot) or bytes(kernel_abi.SETTINGS.size))
-        pidns_device, pidns_inode = procfs.pidns_identity()
+        pidns_device, pidns_inode = procfs.pidns_of_host()
         settings.update(
             slot,
             kernel_abi.SETTINGS.codec.pack(
@@ -496,9 +496,19 @@ class Enforcement:
     def _apply_ruleset(self, policy: Policy, elements: str = "") -> None:
         """The whole table for `policy` and changes of its sets, in one transaction. Raises NftError."""
         assert self.plan is not None
-        internal, answering = self.plan.internal, self._answering()
+        plan, answering = self.plan, self._answering()
         self._apply_with_cgroups(
-            lambda cgroups: ruleset.render_ruleset(policy, self._capabilities, internal, answering, cgroups) + elements
+            lambda cgroups: (
+                ruleset.render_ruleset(
+                    policy,
+                    self._capabilities,
+                    plan.internal,
+                    answering,
+                    host_loopback=plan.host_loopback,
+                    cgroups=cgroups,
+                )
+                + elements
+            )
         )
 
     def _stop_vouching(self, withdraw: Iterable[Destination]) -> None:
@@ -635,7 +645,10 @@ class Enforcement:
     def fit_interfaces(self, changed: netlink.Change = netlink.Change.EVERYTHING) -> None:
         """Attach the programs where the interfaces, routes and resolvers of this moment want them."""
         routes = {address: self._links.route_to(address) for address in self.resolvers}
-        before, self.plan = self.plan, topology.plan_attachments(self._links.interfaces(), self._links.routes(), routes)
+        before = self.plan
+        self.plan = topology.plan_attachments(
+            self._links.interfaces(), self._links.routes(), routes, wsl=procfs.is_wsl()
+        )
         if changed & netlink.Change.TRAFFIC_CONTROL:
             self._attached.clear()  # somebody touched filters: look at each
         ranges = {
@@ -674,9 +687,12 @@ class Enforcement:
 
     def _tell_interfaces(self) -> None:
         assert self.plan is not None
-        # An earlier daemon's table may have no sets for the responder.
-        responder = self._answering() if self._ruleset_applied else None
-        text = ruleset.render_internal(self.plan.internal, self._capabilities, responder)
+        internal, host_loopback = self.plan.internal, self.plan.host_loopback
+        if self._ruleset_applied:
+            text = ruleset.render_internal(internal, self._capabilities, self._answering(), host_loopback)
+        else:
+            # An earlier daemon's table may have none of the other sets.
+            text = ruleset.render_internal(internal, self._capabilities)
         if text != self._interfaces:
             self._firewall.apply(text)
             self._interfaces = text

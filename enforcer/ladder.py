@@ -112,7 +112,9 @@ class Shortfall:
     subject: str
     missing: str  # what was tried and refused
     cost: str
-    remedy: str
+    remedy: str = ""  # "": what is below brings it
+    modules: tuple[str, ...] = ()
+    kernel_option: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,14 +196,16 @@ def shortfalls(capabilities: Capabilities) -> Iterator[Shortfall]:
                 f"nftables {feature.name.lower()}",
                 "the kernel refuses it",
                 cost,
-                f"load the modules ({' '.join(feature.modules)}) or enable {feature.kernel_option}",
+                modules=feature.modules,
+                kernel_option=feature.kernel_option,
             )
     if not capabilities.traffic_control:
         yield Shortfall(
             "tc filters",
             "the kernel takes no BPF filter on an interface",
             "addresses are learned by a packet socket: a first connection may wait a second for them",
-            "load the modules (cls_bpf sch_ingress) or enable CONFIG_NET_CLS_BPF, CONFIG_NET_SCH_INGRESS",
+            modules=("sch_ingress", "cls_bpf"),
+            kernel_option="CONFIG_NET_SCH_INGRESS, CONFIG_NET_CLS_BPF",
         )
     elif not capabilities.learns_in_kernel:
         yield Shortfall(

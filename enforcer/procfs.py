@@ -31,11 +31,12 @@ UPSTREAM_RESOLV_CONFS: Final = (
     Path("/run/systemd/resolve/resolv.conf"),
     Path("/run/NetworkManager/no-stub-resolv.conf"),
 )
-WSL_RESOLVER: Final = IPv4Address("10.255.255.254")  # on lo of every distribution since WSL 2.2.1 (DNS tunnelling)
+WSL_RESOLVER: Final = IPv4Address("10.255.255.254")  # on lo since WSL 2.2.1, unless DNS tunnelling is off
 
 UNIFIED: Final = Path("/sys/fs/cgroup")  # where the v2 hierarchy is when there is no other
 
 _READ_BYTES = 65_536
+_MODULES_READ_BYTES = 4_194_304  # a distribution's modules.dep has 0.7 MB
 _SYMLINK_HOPS = 40  # the kernel's own limit, MAXSYMLINKS
 _SO_NETNS_COOKIE = 71  # Linux 5.14
 _KERNEL_MINOR_BITS = 20  # include/linux/kdev_t.h, MINORBITS
@@ -54,10 +55,10 @@ _FILE_HANDLE = struct.Struct("=Iiq")  # struct file_handle with a 64-bit handle:
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, limit: int = _READ_BYTES) -> str:
     try:
         with path.open("rb") as file:
-            return file.read(_READ_BYTES).decode(errors="replace")
+            return file.read(limit).decode(errors="replace")
     except OSError:
         return ""
 
@@ -69,13 +70,14 @@ def trusted_resolvers(
     """The resolvers that this host uses: those it names, those behind its stub, and WSL's; each once, in that order.
 
     Local stubs are among them and are heard on lo. An IPv6 address keeps its scope ("fe80::1%eth0"). `wsl` None: see
-    for yourself.
+    for yourself. WSL's counts where DNS is tunnelled, even if this distribution asks another one, since others may ask
+    it. Without the tunnel it is anybody's on the networks behind Windows.
     """
     # Without any, the resolver library asks the local host (resolv.conf(5)).
     resolvers: list[Address] = list(_name_servers(resolv_conf)) or [IPv4Address("127.0.0.1")]
     for path in upstream:
         resolvers += _name_servers(path)
-    if is_wsl() if wsl is None else wsl:
+    if (is_wsl() if wsl is None else wsl) and is_own_address(WSL_RESOLVER):
         resolvers.append(WSL_RESOLVER)
     return tuple(dict.fromkeys(resolvers))
 
@@ -89,14 +91,45 @@ def _name_servers(path: Path) -> Iterator[Address]:
                 yield (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
 
 
+def is_own_address(address: IPv4Address) -> bool:
+    """Whether an interface of this network namespace has it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.bind((str(address), 0))
+        except OSError:
+            return False
+    return True
+
+
 # --- identity --------------------------------------------------------------------------------------------------------
+# What WSL's kernels are called, 5.10.102.1-microsoft-standard-WSL2 for one. /proc/version also names who built it and
+# where: a kernel that was built at Microsoft, as Azure's are, is not yet one of WSL.
+_WSL_RELEASE = re.compile(r"microsoft|\bwsl", re.IGNORECASE)
+_WSL_VERSION = re.compile(r"microsoft-standard|\bwsl2", re.IGNORECASE)
+
+
 def is_wsl(
     release: Path = Path("/proc/sys/kernel/osrelease"),
     version: Path = Path("/proc/version"),
     run_wsl: Path = Path("/run/WSL"),
 ) -> bool:
     """Whether this is a WSL 2 distribution; a kernel of the user's own may not say so, WSL's run directory does."""
-    return "microsoft" in (_read(release) + _read(version)).lower() or run_wsl.exists()
+    named = _WSL_RELEASE.search(_read(release)) or _WSL_VERSION.search(_read(version))
+    return named is not None or run_wsl.is_dir()
+
+
+def loadable_modules(directory: Path | None = None) -> frozenset[str] | None:
+    """Names of the modules that modprobe finds for the running kernel; None if it has no directory of them.
+
+    `directory` is /lib/modules/<release> unless told. In WSL 2 it is mounted into each distribution where the kernel
+    comes with modules (6.6 and newer; microsoft/WSL, main.cpp).
+    """
+    directory = directory or Path("/lib/modules") / os.uname().release
+    if not directory.is_dir():
+        return None
+    listed = (line.partition(":") for line in _read(directory / "modules.dep", _MODULES_READ_BYTES).splitlines())
+    files = (Path(path).name for path, separator, _ in listed if separator)
+    return frozenset(name.partition(".ko")[0].replace("-", "_") for name in files)
 
 
 def netns_cookie() -> int | None:
@@ -125,6 +158,18 @@ def pidns_identity(namespace: Path = Path("/proc/self/ns/pid")) -> tuple[int, in
     """
     status = namespace.stat()
     return os.major(status.st_dev) << _KERNEL_MINOR_BITS | os.minor(status.st_dev), status.st_ino
+
+
+def pidns_of_host(*, wsl: bool | None = None) -> tuple[int, int]:
+    """`pidns_identity` of the one pid namespace whose processes are no containers; (0, 0) where there is not one.
+
+    Each of WSL 2's distributions is a pid namespace, and the daemon lives in one of them: to call the others'
+    processes containers would excuse their engines on every port but the registries', and put "container" into each
+    audit line of somebody's shell. So cgroup and program name decide there, as on kernels that cannot ask (before
+    6.10). What that loses is a --network host container on cgroup v1; it counts as host, and scope.host is strict by
+    default in WSL 2. `wsl` None: see for yourself.
+    """
+    return (0, 0) if (is_wsl() if wsl is None else wsl) else pidns_identity()
 
 
 # --- cgroups ---------------------------------------------------------------------------------------------------------

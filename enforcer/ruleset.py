@@ -82,6 +82,7 @@ _CONNECTION6 = "ipv6_addr . inet_service . ipv6_addr . inet_service"
 _CONNECTION_OF = {version: f"{version} saddr . tcp sport . {version} daddr . tcp dport" for version in ("ip", "ip6")}
 _ONLY = {Origin.LOCAL: "iif 0 ", Origin.FORWARDED: "iif != 0 "}
 _RESPONDER_SETS = ("answered4", "answered6", "internal_routes")
+_HOST_LOOPBACK = "ip daddr 127.0.0.0/8 oifname @host_loopback accept"
 # A flood is reset instead: the responder is the daemon, which has better to do.
 _REDIRECT_LIMIT = "limit rate over 1000/second burst 2000 packets accept"
 
@@ -114,9 +115,13 @@ def render_ruleset(
     capabilities: Capabilities,
     internal: Iterable[str],
     responder: Responder | None = None,
+    *,
+    host_loopback: Iterable[str] = (),
     cgroups: Iterable[tuple[str, MarkedScope]] = (),
 ) -> str:
     """The whole table for `policy`; `internal` are the interfaces that lead only into this host (lo always is one).
+
+    `host_loopback` are those that do so for 127.0.0.0/8 alone.
 
     `cgroups` are the paths whose sockets have a scope of their own; they matter where nftables tells scopes, must exist
     then, and are looked up when the text is applied.
@@ -198,7 +203,7 @@ table inet {TABLE} {{
 	}}
 }}
 
-{render_internal(internal, capabilities, responder)}"""
+{render_internal(internal, capabilities, responder, host_loopback)}"""
 
 
 # --- the parts of the table ------------------------------------------------------------------------------------------
@@ -222,6 +227,9 @@ def _sets(capabilities: Capabilities) -> Iterator[str]:
     yield "# Interfaces that lead only into this host. Any other one, known or not, is an uplink."
     if Feature.PLAIN_SETS in capabilities.features:
         yield "set internal { type ifname; }"
+        yield ""
+        yield "# WSL 2's way to 127.0.0.1, which is this host's own as much as Windows'. To nothing else."
+        yield "set host_loopback { type ifname; }"
     else:
         yield "chain internal { }"
     if capabilities.looks_twice:
@@ -284,7 +292,11 @@ def _never_judged(capabilities: Capabilities) -> Iterator[str]:
         yield f"{began} ip6 daddr . tcp dport != @revoked6 accept"
     else:
         yield f"{began} meta l4proto tcp accept"
-    yield "oifname @internal accept" if Feature.PLAIN_SETS in capabilities.features else "jump internal"
+    if Feature.PLAIN_SETS in capabilities.features:
+        yield "oifname @internal accept"
+        yield _HOST_LOOPBACK
+    else:
+        yield "jump internal"
 
 
 def _judge_local(capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> Iterator[str]:
@@ -422,41 +434,60 @@ def _redirect_local(responder: Responder) -> Iterator[str]:
         yield "meta l4proto != tcp accept"
         yield f"{_NO_SYN} accept"
         yield "oifname @internal accept"
+        yield _HOST_LOOPBACK
         yield _REDIRECT_LIMIT
         yield "jump judge_local"
         yield f"meta l4proto tcp redirect to :{responder.port}"
 
 
-def render_internal(names: Iterable[str], capabilities: Capabilities, responder: Responder | None = None) -> str:
+def render_internal(
+    names: Iterable[str],
+    capabilities: Capabilities,
+    responder: Responder | None = None,
+    host_loopback: Iterable[str] | None = None,
+) -> str:
     """Replaces the set of internal interfaces with `names` and lo, and with a responder the sets of those it serves.
+
+    `host_loopback` None: the table in force, an earlier build's, has no such set.
 
     A name that nft's text cannot carry literally is left out: that interface is judged as an uplink.
     """
     names = {"lo", *names}
     if Feature.PLAIN_SETS not in capabilities.features:
-        quotable = (name for name in sorted(names) if _INTERFACE_NAME.fullmatch(name))
-        rules = (f'add rule inet {TABLE} internal oifname "{name}" accept\n' for name in quotable)
-        return f"flush chain inet {TABLE} internal\n" + "".join(rules)
+        rules = [f"oifname {name} accept" for name in _quotable(names)]
+        rules += [f"ip daddr 127.0.0.0/8 oifname {name} accept" for name in _quotable(host_loopback or ())]
+        return _replace_rules("internal", rules)
     sets: dict[str, Iterable[str]] = {"internal": names}
     if responder is not None:
         answered = responder.interfaces4, responder.interfaces6, names
         sets |= dict(zip(_RESPONDER_SETS, answered, strict=True))
+    if host_loopback is not None:
+        sets["host_loopback"] = host_loopback
     return "".join(_replace(set_name, members) for set_name, members in sets.items())
 
 
 def _replace(set_name: str, names: Iterable[str]) -> str:
     text = f"flush set inet {TABLE} {set_name}\n"
-    quoted = ", ".join(f'"{name}"' for name in sorted(names) if _INTERFACE_NAME.fullmatch(name))
+    quoted = ", ".join(_quotable(names))
     return text + (f"add element inet {TABLE} {set_name} {{ {quoted} }}\n" if quoted else "")
+
+
+def _quotable(names: Iterable[str]) -> list[str]:
+    """Interface names as nft takes them, sorted, without those that it could not carry."""
+    return [f'"{name}"' for name in sorted(names) if _INTERFACE_NAME.fullmatch(name)]
+
+
+def _replace_rules(chain: str, rules: Iterable[str]) -> str:
+    added = (f"add rule inet {TABLE} {chain} {rule}\n" for rule in rules)
+    return f"flush chain inet {TABLE} {chain}\n" + "".join(added)
 
 
 def render_cgroups(capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> str:
     """Has scopes told by these cgroups from now on; empty where nftables does not tell them."""
     if not capabilities.scopes_in_nft:
         return ""
-    rules = (line for line in _judge_local(capabilities, cgroups) if not line.startswith("#"))
-    return f"flush chain inet {TABLE} judge_local\n" + "".join(
-        f"add rule inet {TABLE} judge_local {rule}\n" for rule in rules
+    return _replace_rules(
+        "judge_local", (line for line in _judge_local(capabilities, cgroups) if not line.startswith("#"))
     )
 
 

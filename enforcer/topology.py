@@ -3,6 +3,14 @@
 Invariant: the exception has to be proved. An interface is internal only if its kind, its ports, its peer and the routes
 through it all say that it leads to namespaces of this host; anything else, known or not yet known, is an uplink, and
 what leaves through an uplink is judged. So a new VPN is guarded from its first packet.
+
+WSL 2 with mirrored networking has one more exception, `loopback0`. Its routing rules send all TCP and UDP for 127.0.0.1
+there, what is meant for this host's own servers too: Windows looks whose port it is and sends it back, or keeps it (the
+comments in NetworkManager.cpp of microsoft/WSL; not measured here). So 127.0.0.0/8 through it is what `lo` is
+elsewhere, and is let pass: refused, an engine would not reach its own daemon. Nothing else is: the device ends in
+Windows, which may forward what a socket that is bound to the device sends anywhere. What it can reach is Windows'
+programs, a proxy among them: they are as much outside of what is enforced here as curl.exe, which WSL runs for
+everybody.
 """
 
 from __future__ import annotations
@@ -21,6 +29,8 @@ _INTERNAL_KINDS = frozenset({"veth", "netkit", "dummy"})
 _INTERNAL_PORT_KINDS = _INTERNAL_KINDS | {"tun"}
 # 0.0.0.0/1 and 128.0.0.0/1 are how VPNs spell a default route without replacing the one that is there.
 _DEFAULT_ROUTE_BITS = 1
+_HOST_LOOPBACK_NAME = "loopback0"  # given by WSL's service, c_loopbackDeviceName of microsoft/WSL
+_LOOPBACK = IPv4Network("127.0.0.0/8")  # IPv4 only: WSL mirrors no other
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,7 @@ class Role(enum.Enum):
     LOOPBACK = "loopback"
     INTERNAL = "internal"  # only to namespaces and virtual machines of this host
     UPLINK = "uplink"
+    HOST_LOOPBACK = "host loopback"  # WSL 2, mirrored: an uplink but for 127.0.0.0/8, which is as much here as there
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +87,39 @@ class AttachmentPlan:
     @property
     def internal(self) -> frozenset[str]:
         """Names of the interfaces through which nothing leaves this host, loopback among them."""
-        return frozenset(entry.interface.name for entry in self.roles if entry.role is not Role.UPLINK)
+        return self._names(Role.LOOPBACK, Role.INTERNAL)
+
+    @property
+    def host_loopback(self) -> frozenset[str]:
+        """Names of the interfaces through which nothing for 127.0.0.0/8 leaves this machine."""
+        return self._names(Role.HOST_LOOPBACK)
+
+    def _names(self, *roles: Role) -> frozenset[str]:
+        return frozenset(entry.interface.name for entry in self.roles if entry.role in roles)
 
 
 def plan_attachments(
-    interfaces: Collection[Interface], routes: Collection[Route], resolver_routes: Mapping[Address, int | None]
+    interfaces: Collection[Interface],
+    routes: Collection[Route],
+    resolver_routes: Mapping[Address, int | None],
+    *,
+    wsl: bool = False,
 ) -> AttachmentPlan:
     """Decide the role of every interface and what is attached to it.
 
     `resolver_routes` is the index of the interface through which the kernel would reach each trusted resolver; None
     where it has no route. A resolver that is reached through an internal interface never teaches: whoever runs a
-    container could then answer.
+    container could then answer. `wsl`: this is WSL 2, whose loopback0 is what it is called.
     """
     by_index = {interface.index: interface for interface in interfaces}
     leads_out = _uplinks(by_index, routes)
-    roles = tuple(_role(interface, leads_out, by_index) for interface in interfaces)
+    host_loopback = _host_loopback(by_index, routes) if wsl else None
+    roles = tuple(
+        InterfaceRole(interface, Role.HOST_LOOPBACK, "127.0.0.1 of Windows; anything else is judged")
+        if interface.index == host_loopback
+        else _role(interface, leads_out, by_index)
+        for interface in interfaces
+    )
     role_of = {entry.interface.index: entry for entry in roles}
 
     learn = {entry.interface.index for entry in roles if entry.role is Role.LOOPBACK}
@@ -163,6 +192,26 @@ def _uplinks(by_index: Mapping[int, Interface], routes: Iterable[Route]) -> dict
     return leads_out
 
 
+def _host_loopback(by_index: Mapping[int, Interface], routes: Iterable[Route]) -> int | None:
+    """Index of the interface that WSL routes 127.0.0.1 to; None with any other networking than mirrored.
+
+    Name and route have to agree, and it must stand alone. Its kind does not matter: Hyper-V's driver and virtio have
+    none, and whatever it is, only 127.0.0.0/8 profits.
+    """
+    for route in routes:
+        interface = by_index.get(route.interface)
+        if (
+            interface is not None
+            and interface.name == _HOST_LOOPBACK_NAME
+            and interface.master is None
+            and not interface.loopback
+            and isinstance(route.destination, IPv4Network)
+            and route.destination.subnet_of(_LOOPBACK)
+        ):
+            return interface.index
+    return None
+
+
 def _role(interface: Interface, leads_out: Mapping[int, str], by_index: Mapping[int, Interface]) -> InterfaceRole:
     if interface.loopback:
         return InterfaceRole(interface, Role.LOOPBACK, "loopback")
@@ -185,7 +234,7 @@ def _own_ranges(role_of: Mapping[int, InterfaceRole], routes: Iterable[Route]) -
             on_link[route.interface].append(route.destination)
     for index, entry in role_of.items():
         ranges: list[Network] = [
-            ip_network(address.ip) if entry.role is Role.UPLINK else address.network
+            ip_network(address.ip) if entry.role in (Role.UPLINK, Role.HOST_LOOPBACK) else address.network
             for address in entry.interface.addresses
         ]
         if entry.role is Role.INTERNAL:

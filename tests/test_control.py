@@ -1,11 +1,16 @@
-"""The control socket: one daemon a run directory, and an asker that does wrong hurts itself only."""
+"""The control socket: one daemon a run directory and network namespace; an asker that does wrong hurts itself only."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import secrets
 import socket
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,49 @@ from typing import Any
 import pytest
 
 from enforcer import control
+
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
+HOLDER = """
+import contextlib, ctypes, os, signal, sys, time
+from pathlib import Path
+from enforcer import control
+run_dir, name, flags, uid = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+control.NAMESPACE_LOCK = "\\0" + name
+if flags:
+    assert ctypes.CDLL(None).unshare(flags) == 0
+if pid := os.fork():
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+if uid:
+    os.setuid(uid)
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # ends with its parent
+try:
+    with control._hold_network_namespace() if uid else control.hold(run_dir):
+        print("held", flush=True)
+        time.sleep(60)
+except control.AlreadyRunningError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def lock_name(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A name of this test's own: other daemons, other test runs and a killed holder may be in this network namespace."""
+    name = f"registry-enforcer-test-{secrets.token_hex(8)}"
+    monkeypatch.setattr(control, "NAMESPACE_LOCK", f"\0{name}")
+    return name
+
+
+def hold_elsewhere(run_dir: Path, name: str, *, flags: int = 0, uid: int = 0) -> subprocess.Popen[str]:
+    """A process that takes the locks, in new namespaces or as another user, and says how that went."""
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run_dir), name, str(flags), str(uid)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    """Its next line."""
+    assert process.stdout is not None
+    return process.stdout.readline()
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,3 +155,59 @@ def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"), control.hold(run_dir):
         pass
     assert victim.read_text() == "precious"
+
+
+def test_a_second_daemon_in_the_network_namespace_is_refused_whatever_its_directory(tmp_path: Path) -> None:
+    with control.hold(tmp_path / "one"):
+        message = f"process {os.getpid()} .*network namespace"
+        with pytest.raises(control.AlreadyRunningError, match=message), control.hold(tmp_path / "two"):
+            pass
+    with control.hold(tmp_path / "two"):
+        pass
+
+
+@pytest.mark.root
+def test_a_daemon_of_another_pid_namespace_is_told_from_a_process_here(tmp_path: Path, lock_name: str) -> None:
+    with hold_elsewhere(tmp_path / "one", lock_name, flags=CLONE_NEWPID) as holder:
+        assert said(holder) == "held\n"
+        with hold_elsewhere(tmp_path / "two", lock_name, flags=CLONE_NEWPID) as second:
+            assert "another distribution" in said(second)
+        holder.kill()
+    deadline = time.monotonic() + 10
+    while control._lock_holder() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # Nothing of a killed daemon is in the way.
+    with hold_elsewhere(tmp_path / "two", lock_name, flags=CLONE_NEWPID) as second:
+        assert said(second) == "held\n"
+        second.kill()
+
+
+@pytest.mark.root
+def test_daemons_of_two_network_namespaces_do_not_see_each_other(tmp_path: Path, lock_name: str) -> None:
+    with control.hold(tmp_path / "one"):
+        with hold_elsewhere(tmp_path / "two", lock_name, flags=CLONE_NEWNET) as other:
+            assert said(other) == "held\n"
+            other.kill()
+        with hold_elsewhere(tmp_path / "two", lock_name) as neighbour:
+            assert "already enforces" in said(neighbour)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("flags", "uid"), [(0, 65_534), (CLONE_NEWPID, 0)], ids=["other user", "container's root"])
+def test_who_cannot_be_a_daemon_cannot_keep_it_away(
+    tmp_path: Path, lock_name: str, caplog: pytest.LogCaptureFixture, flags: int, uid: int
+) -> None:
+    with hold_elsewhere(tmp_path / "one", lock_name, flags=flags, uid=uid) as stranger:
+        assert said(stranger) == "held\n"
+        with control.hold(tmp_path / "two"):
+            pass
+        stranger.kill()
+    assert "not root, or is in a container" in caplog.text
+
+
+def test_name_that_nobody_listens_at_is_no_daemon(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bound:
+        bound.bind(control.NAMESPACE_LOCK)
+        with control.hold(tmp_path / "two"):
+            pass
+    assert "not root, or is in a container" in caplog.text

@@ -9,7 +9,7 @@ import os
 import struct
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from ipaddress import ip_address
+from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 
 import pytest
@@ -51,12 +51,21 @@ def test_resolvers_are_read_as_the_resolver_library_reads_them(tmp_path: Path, t
     assert procfs.trusted_resolvers(path, (), wsl=False) == addresses(*expected)
 
 
-def test_resolvers_behind_the_stub_and_wsls_are_trusted_too(tmp_path: Path) -> None:
+def test_resolvers_behind_the_stub_and_wsls_are_trusted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.53\n")
     (tmp_path / "upstream").write_text("nameserver 192.0.2.1\nnameserver fe80::1%eth0\n")
     files = (tmp_path / "resolv.conf", (tmp_path / "upstream", tmp_path / "missing"))
     assert procfs.trusted_resolvers(*files, wsl=False) == addresses("127.0.0.53", "192.0.2.1", "fe80::1%eth0")
+    own = set[IPv4Address]()
+    monkeypatch.setattr(procfs, "is_own_address", own.__contains__)
+    assert procfs.WSL_RESOLVER not in procfs.trusted_resolvers(*files, wsl=True)  # DNS tunnelling is off
+    own.add(procfs.WSL_RESOLVER)
     assert procfs.trusted_resolvers(*files, wsl=True)[-1] == procfs.WSL_RESOLVER
+
+
+def test_own_addresses_are_told_from_others() -> None:
+    assert procfs.is_own_address(IPv4Address("127.0.0.1"))
+    assert not procfs.is_own_address(IPv4Address("192.0.2.1"))
 
 
 def test_resolver_file_that_cannot_be_read_is_an_empty_one(tmp_path: Path) -> None:
@@ -72,9 +81,17 @@ def test_endless_resolver_file_is_read_up_to_a_bound() -> None:
     ("release", "version", "run_wsl", "expected"),
     [
         ("5.15.167.4-microsoft-standard-WSL2", "", False, True),
-        ("6.6.0-own", "Linux version 6.6.0 (root@Microsoft.com)", False, True),
+        ("6.18.40.1-microsoft-standard-WSL2+", "", False, True),
+        ("", "Linux version 6.6.87.2-microsoft-standard-WSL2 (root@439a258ad544) (gcc 11.2.0)", False, True),
+        ("6.9.1-locietta-WSL2-xanmod1", "", False, True),
         ("6.6.0-own", "Linux version 6.6.0 (me@home)", True, True),
+        ("6.6.0-own", "Linux version 6.6.0 (me@home)", False, False),
         ("6.1.0-28-amd64", "Linux version 6.1.0-28-amd64 (debian-kernel@lists.debian.org)", False, False),
+        # Docker Desktop's own machine, and kernels that Microsoft builds for Azure.
+        ("6.10.14-linuxkit", "Linux version 6.10.14-linuxkit (root@buildkitsandbox)", False, False),
+        ("6.8.0-1018-azure", "Linux version 6.8.0-1018-azure (buildd@lcy02-amd64-037)", False, False),
+        ("6.6.47.1-1.azl3", "Linux version 6.6.47.1-1.azl3 (root@build.microsoft.com)", False, False),
+        ("6.6.0-newslab", "Linux version 6.6.0-newslab (me@home)", False, False),
     ],
 )
 def test_wsl_is_recognized_by_kernel_or_run_directory(
@@ -85,6 +102,25 @@ def test_wsl_is_recognized_by_kernel_or_run_directory(
     if run_wsl:
         (tmp_path / "WSL").mkdir()
     assert procfs.is_wsl(tmp_path / "osrelease", tmp_path / "version", tmp_path / "WSL") is expected
+
+
+def test_a_file_in_the_place_of_wsls_run_directory_is_not_it(tmp_path: Path) -> None:
+    (tmp_path / "WSL").touch()
+    assert not procfs.is_wsl(tmp_path / "osrelease", tmp_path / "version", tmp_path / "WSL")
+
+
+def test_modules_that_could_be_loaded_are_those_that_modprobe_knows(tmp_path: Path) -> None:
+    assert procfs.loadable_modules(tmp_path / "missing") is None
+    (tmp_path / "modules.dep").write_text(
+        "kernel/net/sched/cls_bpf.ko:\nkernel/net/netfilter/nft_ct.ko.xz: kernel/net/netfilter/nf_conntrack.ko.xz\n"
+        "kernel/net/netfilter/nft-fib-inet.ko.zst:\nnonsense\n"
+    )
+    assert procfs.loadable_modules(tmp_path) == frozenset({"cls_bpf", "nft_ct", "nft_fib_inet"})
+
+
+def test_no_pid_namespace_is_the_hosts_where_each_distribution_is_one() -> None:
+    assert procfs.pidns_of_host(wsl=False) == procfs.pidns_identity()
+    assert procfs.pidns_of_host(wsl=True) == (0, 0)
 
 
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}[os.uname().machine]

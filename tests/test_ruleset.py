@@ -111,7 +111,7 @@ CGROUPS = [
 
 
 def rung_text(name: str, cgroups: Sequence[tuple[str, MarkedScope]] = CGROUPS) -> str:
-    return render_ruleset(RUNG_POLICY, RUNGS[name], ["docker0", "veth1"], RESPONDER, cgroups)
+    return render_ruleset(RUNG_POLICY, RUNGS[name], ["docker0", "veth1"], RESPONDER, cgroups=cgroups)
 
 
 @pytest.mark.parametrize("name", RUNGS)
@@ -240,6 +240,15 @@ def test_lo_is_always_internal_and_names_nft_cannot_quote_are_not() -> None:
     assert render_internal([], FULL).endswith('internal { "lo" }\n')
     refused = ['a"b', "eth*", "a\\", "a b", "a\nb", "", "sixteen-letters-", "é"]
     assert render_internal(["br-1", "veth@x", *refused], FULL).endswith('internal { "br-1", "lo", "veth@x" }\n')
+
+
+def test_host_loopback_is_let_pass_for_127_alone() -> None:
+    text = render_ruleset(DEFAULT, FULL, [], RESPONDER, host_loopback=["loopback0"])
+    assert 'add element inet registry_enforcer host_loopback { "loopback0" }' in text
+    assert 'internal { "lo" }' in text
+    users = [line.strip() for line in text.splitlines() if "@host_loopback" in line]
+    assert users == ["ip daddr 127.0.0.0/8 oifname @host_loopback accept"] * 2
+    assert "add element inet registry_enforcer host_loopback" not in render_ruleset(DEFAULT, FULL, [], RESPONDER)
 
 
 def test_removal_succeeds_with_and_without_the_table() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface, ip_network
 
 import pytest
@@ -13,6 +14,7 @@ from enforcer.kernel_abi import COMM_BYTES, MarkedScope
 from enforcer.topology import AttachmentPlan, Interface, Role, Route, plan_attachments
 
 RESOLVER = IPv4Address("9.9.9.9")
+WSL_RESOLVER = IPv4Address("10.255.255.254")
 ID = "0123456789abcdef" * 4
 
 LO = Interface(1, "lo", None, loopback=True, addresses=(ip_interface("127.0.0.1/8"), ip_interface("::1/128")))
@@ -189,6 +191,53 @@ def test_own_ranges_do_not_repeat_what_a_wider_one_covers() -> None:
     inner = Interface(8, "dummy0", "dummy", addresses=(ip_interface("172.17.5.1/24"), ip_interface("172.17.6.1/32")))
     ranges = plan_attachments((DOCKER0, inner), [], {}).own_ranges
     assert ranges == (ip_network("172.17.0.0/16"),)
+
+
+# As WSL makes them with mirrored networking: both are Hyper-V's network devices, and all TCP and UDP for 127.0.0.1 goes
+# to a gateway on loopback0 (microsoft/WSL, NetworkManager.cpp: table 127).
+MIRRORED = Interface(2, "eth0", None, addresses=(ip_interface("192.168.1.20/24"),))
+LOOPBACK0 = Interface(3, "loopback0", None)
+TO_WINDOWS = route("127.0.0.1/32", 3, "169.254.73.152")
+OWN_ADDRESS = route("192.168.1.20/32", 2, "169.254.73.152")  # table 128: Windows has a say in these, too
+MIRRORED_ROUTES = (route("0.0.0.0/0", 2, "192.168.1.1"), OWN_ADDRESS, TO_WINDOWS)
+
+
+def test_wsls_loopback0_is_no_uplink_for_127_and_internal_for_nothing() -> None:
+    plan = plan_attachments((LO, MIRRORED, LOOPBACK0), MIRRORED_ROUTES, {WSL_RESOLVER: 1}, wsl=True)
+    assert role_of(plan, "loopback0") is Role.HOST_LOOPBACK
+    assert plan.host_loopback == {"loopback0"}
+    assert plan.internal == {"lo"}
+    assert role_of(plan, "eth0") is Role.UPLINK
+    assert plan.learn == {1}
+    assert plan.gate == {2, 3}
+    assert plan.unlearnable == ()
+
+
+@pytest.mark.parametrize(
+    ("device", "routes", "wsl"),
+    [
+        (LOOPBACK0, MIRRORED_ROUTES, False),  # somebody's own, on a host that is not WSL
+        (LOOPBACK0, MIRRORED_ROUTES[:2], True),  # nothing leads to 127.0.0.1 there: not mirrored
+        (LOOPBACK0, (*MIRRORED_ROUTES[:2], route("10.0.0.0/8", 3, "169.254.73.152")), True),
+        (LOOPBACK0, (*MIRRORED_ROUTES[:2], route("::1/128", 3, "fe80::1")), True),
+        (replace(LOOPBACK0, name="loopback1"), MIRRORED_ROUTES, True),
+        (replace(LOOPBACK0, master=4), MIRRORED_ROUTES, True),
+    ],
+    ids=["not WSL", "no route", "other route", "IPv6", "other name", "port of a bridge"],
+)
+def test_what_is_only_called_loopback0_is_an_uplink(device: Interface, routes: tuple[Route, ...], wsl: bool) -> None:
+    bridge = Interface(4, "br0", "bridge")
+    plan = plan_attachments((LO, MIRRORED, device, bridge), routes, {}, wsl=wsl)
+    assert role_of(plan, device.name) is Role.UPLINK
+    assert plan.host_loopback == frozenset()
+
+
+def test_wsl_with_nat_learns_on_eth0_from_the_gateway_and_on_lo_from_the_tunnel() -> None:
+    eth0 = Interface(2, "eth0", None, addresses=(ip_interface("172.24.16.5/20"),))
+    routes = [route("0.0.0.0/0", 2, "172.24.16.1"), route("172.24.16.0/20", 2)]
+    plan = plan_attachments((LO, eth0), routes, {IPv4Address("172.24.16.1"): 2, WSL_RESOLVER: 1}, wsl=True)
+    assert plan.learn == {1, 2}
+    assert plan.internal == {"lo"}
 
 
 def interfaces_strategy() -> st.SearchStrategy[list[Interface]]:

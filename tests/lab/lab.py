@@ -306,12 +306,12 @@ class Lab:
                 return subprocess.CompletedProcess(list(argv), 124, output, "")
         return subprocess.CompletedProcess(list(argv), started.returncode, output, "")
 
-    def agent(self, where: str, *, comm: str = "", **environment: str) -> Agent:
-        """A new agent in a namespace; `comm` is the program that the kernel takes it for."""
+    def agent(self, where: str, *, comm: str = "", inside: Sequence[str] = (), **environment: str) -> Agent:
+        """A new agent in a namespace, started by the command `inside`; the kernel takes it for the program `comm`."""
         log = self.directory / "logs" / f"agent-{where}-{len(self._agents)}"
         with log.open("wb") as errors:
             process = subprocess.Popen(
-                self.wrap(where, [sys.executable, "-I", str(Path(__file__).with_name("agent.py")), comm]),
+                self.wrap(where, [*inside, sys.executable, "-I", str(Path(__file__).with_name("agent.py")), comm]),
                 env=self.environment | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                 start_new_session=True,
             )  # fmt: skip
