@@ -26,6 +26,7 @@ from enforcer.denial import Refusal
 from enforcer.kernel_abi import Protocol, decode_connect, pack_connect_key
 from enforcer.policy import Address, Reason
 from enforcer.ruleset import CountedScope
+from enforcer.without_bpf import MemoryState
 
 # How long an answer waits for the report of its packet. The kernel holds it back for 10 ms, and a timer of a virtual
 # CPU that its host does not run fires a second late.
@@ -58,7 +59,11 @@ class Auditor:
     """Puts records together, folds them, remembers the last ones and writes them; on the event loop's thread."""
 
     def __init__(
-        self, log: AuditLog, kernel: KernelState | None, cgroup: Path | None, known_name: KnownName = lambda _: None
+        self,
+        log: AuditLog,
+        kernel: KernelState | MemoryState | None,
+        cgroup: Path | None,
+        known_name: KnownName = lambda _: None,
     ) -> None:
         """`known_name(address)`: (name, rule) of a permission that the address has, on whatever port."""
         self.responding = False  # the responder hears names: records of TCP wait for them

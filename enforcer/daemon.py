@@ -10,19 +10,23 @@ import asyncio
 import contextlib
 import json
 import logging
+import platform
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from enforcer import bpf, control, ladder, metrics, netlink, nflog, nft, procfs, responder, ruleset
+from enforcer import bpf, control, ladder, metrics, netlink, nflog, nft, packet_socket, procfs, responder, ruleset
 from enforcer.audit import AuditLog
 from enforcer.enforcement import Enforcement, Options, ReadPolicy, open_authority
 from enforcer.policy import Policy
+from enforcer.without_bpf import MemoryState
 
 log = logging.getLogger("registry-enforcer")
 
 DEFAULT_BPFFS = Path("/sys/fs/bpf/registry-enforcer")
+OLDEST_KERNEL = (5, 4)
 HOUSEKEEPING_SECONDS = 1.0
 SAVE_SECONDS = 60.0
 
@@ -43,12 +47,13 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
     authority = open_authority(policy)
     loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
+        _check_kernel()
         stack.enter_context(control.hold(options.run_dir))
         firewall = stack.enter_context(nft.Nft())
         features = _probe(firewall)
         cgroup = options.cgroup or procfs.cgroup_root()
-        kernel = stack.enter_context(_open_kernel(options))
-        reader = stack.enter_context(bpf.EventReader(kernel.maps["events"]))
+        kernel = _open_kernel(options)
+        stack.callback(kernel.close)
         links = stack.enter_context(netlink.Netlink())
         learn = kernel.programs.get("learn")
         takes_filters = links.takes_filters(None if learn is None else learn.fd)
@@ -81,15 +86,20 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
         ended: asyncio.Future[None] = loop.create_future()
         _end_on_failure(loop, ended)
         enforcement.reports = _hear_refusals(stack, capabilities, enforcement)
-        loop.add_reader(reader.fileno(), enforcement.take_events, reader)
-        stack.callback(loop.remove_reader, reader.fileno())
+        if isinstance(kernel, bpf.KernelState) and capabilities.learns_in_kernel:
+            reader = stack.enter_context(bpf.EventReader(kernel.maps["events"]))
+            loop.add_reader(reader.fileno(), enforcement.take_events, reader)
+            stack.callback(loop.remove_reader, reader.fileno())
+        else:
+            enforcement.listen(_open_ears(stack, enforcement, kernel))
         if cgroup is not None:
             watch = stack.enter_context(procfs.CgroupWatch(cgroup, enforcement.cgroups_changed))
             enforcement.know_cgroups(watch.known.values())
         resolver_files = procfs.RESOLV_CONF, *procfs.UPSTREAM_RESOLV_CONFS
         stack.enter_context(procfs.FileWatch(resolver_files, enforcement.follow_resolvers))
         await enforcement.start()
-        bpf.remove_other_generations(kernel.report)
+        if isinstance(kernel, bpf.KernelState):
+            bpf.remove_other_generations(kernel.report)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _end, ended)
         loop.add_signal_handler(signal.SIGHUP, enforcement.reload, read_policy)
@@ -113,7 +123,12 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
 
 def _probe(firewall: nft.Nft) -> frozenset[ladder.Feature]:
     """What this kernel's nf_tables has; UnsupportedHostError where it cannot refuse anything."""
-    features = firewall.probe()
+    try:
+        features = firewall.probe()
+    except nft.NftError as error:
+        raise UnsupportedHostError(
+            f"nf_tables may not be changed ({error}); run as root, or with CAP_NET_ADMIN"
+        ) from None
     if ladder.Feature.BASE not in features:
         raise UnsupportedHostError(
             f"this kernel has no nf_tables ({ladder.Feature.BASE.kernel_option}), so nothing can be refused: "
@@ -122,9 +137,27 @@ def _probe(firewall: nft.Nft) -> frozenset[ladder.Feature]:
     return features
 
 
-def _open_kernel(options: Options) -> bpf.KernelState:
-    """The BPF programs and maps, loaded or an earlier daemon's; UnsupportedHostError without those that learn."""
+def _check_kernel() -> None:
+    """UnsupportedHostError on what nobody has tried: the one place that asks for a version and not for a feature."""
+    release, machine = platform.release(), platform.machine()
+    version = tuple(int(part) for part in re.findall(r"\d+", release)[:2])
+    if version < OLDEST_KERNEL:
+        oldest = ".".join(map(str, OLDEST_KERNEL))
+        raise UnsupportedHostError(f"this is Linux {release}, and {oldest} is the oldest that can be enforced on")
+    if machine not in bpf.ARCHITECTURES:
+        raise UnsupportedHostError(f"this is a {machine}; enforcement runs on {', '.join(bpf.ARCHITECTURES)}")
+
+
+def _open_kernel(options: Options) -> bpf.KernelState | MemoryState:
+    """The BPF programs and maps, loaded or an earlier daemon's, or what stands for them where BPF is forbidden.
+
+    UnsupportedHostError where BPF is allowed and the host lacks something that is easily brought.
+    """
     try:
+        why_not = bpf.forbidden()
+        if why_not is not None:
+            log.warning("%s", why_not)
+            return MemoryState(why_not)
         if bpf.ensure_bpffs(options.bpffs):
             log.info("mounted a bpffs for %s", options.bpffs)
         report = bpf.load(options.bpffs, loader=options.loader)
@@ -134,6 +167,15 @@ def _open_kernel(options: Options) -> bpf.KernelState:
     for program, why in report.refused.items():
         log.info("this kernel does not take the BPF program %s: %s", program, why)
     return kernel
+
+
+def _open_ears(
+    stack: contextlib.ExitStack, enforcement: Enforcement, kernel: bpf.KernelState | MemoryState
+) -> packet_socket.PacketSockets:
+    try:
+        return stack.enter_context(packet_socket.PacketSockets(enforcement.hear, kernel.report.clock))
+    except packet_socket.PacketSocketError as error:
+        raise UnsupportedHostError(f"neither BPF nor a packet socket can read DNS answers: {error}") from None
 
 
 def _hear_refusals(

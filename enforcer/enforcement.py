@@ -52,6 +52,8 @@ from enforcer.bpf import Loader
 from enforcer.denial import Refusal
 from enforcer.kernel_abi import DnsEvent, JudgedPorts, Judging, MarkedScope, Outcome, Protocol, RangeClass
 from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, may_teach, permitted
+from enforcer.overhearing import Overhearing, Packet
+from enforcer.packet_socket import PacketSockets
 from enforcer.policy import (
     Address,
     HostPattern,
@@ -65,6 +67,7 @@ from enforcer.policy import (
     name_permissions,
     pattern_id,
 )
+from enforcer.without_bpf import MemoryState
 
 if TYPE_CHECKING:
     from enforcer.authority import Authority
@@ -172,7 +175,7 @@ class Enforcement:
         *,
         firewall: nft.Nft,
         capabilities: ladder.Capabilities,
-        kernel: bpf.KernelState,
+        kernel: bpf.KernelState | MemoryState,
         links: netlink.Netlink,
         cgroup: Path | None,
         audit_log: AuditLog,
@@ -195,6 +198,12 @@ class Enforcement:
         self._links = links
         self._cgroup = cgroup
         self._loop = asyncio.get_running_loop()
+        self._overhearing = Overhearing(
+            lambda name: bool(self.index.match(name)),
+            self._permissions,
+            lambda entry: self.learned.holds(entry),  # noqa: PLW0108 - a reload replaces `learned`
+        )
+        self._ears: PacketSockets | None = None  # None: BPF reads the answers
         self._cgroups: dict[str, MarkedScope] = {}  # paths with a scope of their own
         self._table_present = firewall.present()  # an earlier daemon's
         self._ruleset_applied = False  # this one's
@@ -249,7 +258,7 @@ class Enforcement:
         self._redirects_lost = self._count_redirects_lost()
 
     def _attach_hooks(self) -> None:
-        if self._cgroup is None:
+        if self._cgroup is None or not self._kernel.programs:
             return
         for hook in bpf.CgroupHook:
             name = hook.name.lower()
@@ -423,14 +432,23 @@ class Enforcement:
     # --- DNS events --------------------------------------------------------------------------------------------------
     def take_events(self, reader: bpf.EventReader) -> None:
         """Everything that BPF has reported: parse, judge, and tell the kernel in one transaction."""
-        records = reader.read()
-        if not records:
+        self._take(list(map(kernel_abi.decode_event, reader.read())))
+
+    def listen(self, ears: PacketSockets) -> None:
+        """Have answers read by `ears` and not by BPF; before start()."""
+        self._ears = ears
+
+    def hear(self, packets: list[Packet]) -> None:
+        """Packets of the uplinks and lo: what the kernel would have read itself where tc has BPF."""
+        self._take([event for packet in packets for event in self._overhearing.hear(packet)])
+
+    def _take(self, events: list[DnsEvent]) -> None:
+        if not events:
             return
         permit: dict[Destination, LearnedAddress] = {}
         withdraw: dict[Destination, None] = {}
         arrivals = []
-        for record in records:
-            event = kernel_abi.decode_event(record)
+        for event in events:
             arrivals.append(event.at_ns)
             changes = self._judge(event)
             for entry in changes.permit:
@@ -439,6 +457,8 @@ class Enforcement:
             for destination in changes.withdraw:
                 withdraw[destination] = None
                 permit.pop(destination, None)
+        if self._ears is not None:
+            self._vouch(permit.values())
         self._apply(Changes(tuple(permit.values()), tuple(withdraw)))
         now = self._kernel.now_ns()
         for arrived in arrivals:
@@ -597,14 +617,18 @@ class Enforcement:
             self.metrics.own_queries.labels("answered").inc()
             self._unresolved.discard(name)
             changes = self.learned.learn(self._permissions(answer, self._kernel.now_ns() / NANOSECONDS))
-            self._kernel.maps["learned"].update_many(
-                (
-                    kernel_abi.pack_learned_key(*entry.destination),
-                    kernel_abi.LEARNED.codec.pack(int(entry.expires_at * NANOSECONDS), pattern_id(entry.pattern)),
-                )
-                for entry in changes.permit
-            )
+            self._vouch(changes.permit)
             self._apply(changes)
+
+    def _vouch(self, entries: Iterable[LearnedAddress]) -> None:
+        """Have the hooks that are there vouch for these before the table knows them."""
+        self._kernel.maps["learned"].update_many(
+            (
+                kernel_abi.pack_learned_key(*entry.destination),
+                kernel_abi.LEARNED.codec.pack(int(entry.expires_at * NANOSECONDS), pattern_id(entry.pattern)),
+            )
+            for entry in entries
+        )
 
     def _teachers(self) -> tuple[Address, ...]:
         """The trusted resolvers but those behind an internal interface, where a container could answer for them."""
@@ -661,6 +685,18 @@ class Enforcement:
         if ranges != self._ranges:
             self._kernel.maps["ranges"].replace_all(ranges)
             self._ranges = ranges
+        if self._ears is None:
+            self._attach_programs()
+        else:
+            self._ears.listen_on(self.plan.learn)
+        if self._table_present:
+            self._tell_interfaces()
+        if before is None or before.unlearnable != self.plan.unlearnable:
+            for address, why in self.plan.unlearnable:
+                log.warning("answers of the resolver %s cannot teach: %s", address, why)
+
+    def _attach_programs(self) -> None:
+        assert self.plan is not None
         programs = self._kernel.programs
         for index in self.plan.learn | self.plan.gate:
             name = self._program_at(index)
@@ -679,11 +715,6 @@ class Enforcement:
                     log.warning("interface %d takes no BPF program (%s): nothing is learned there", index, error)
         for index in self._attached.keys() - (self.plan.learn | self.plan.gate):
             del self._attached[index]
-        if self._table_present:
-            self._tell_interfaces()
-        if before is None or before.unlearnable != self.plan.unlearnable:
-            for address, why in self.plan.unlearnable:
-                log.warning("answers of the resolver %s cannot teach: %s", address, why)
 
     def _tell_interfaces(self) -> None:
         assert self.plan is not None
@@ -713,6 +744,7 @@ class Enforcement:
             return
         self.resolvers = resolvers
         self._kernel.maps["resolvers"].replace_all({kernel_abi.pack_address(address): b"\1" for address in resolvers})
+        self._overhearing.trust(resolvers)
         self.fit_interfaces()
         self.ask_again.set()
         log.info("trusted resolvers: %s", ", ".join(map(str, resolvers)) or "none")
@@ -830,10 +862,15 @@ class Enforcement:
             )
             self._lost_seen = lost
             self._apply(self._adopt_learned())
+            if self._ears is not None:
+                self.ask_again.set()  # nobody else has read what was lost
         self.watch_redirects()
 
     def _lost(self) -> int:
-        return self._kernel.maps["counters"].sum_u64(_u32(Outcome.EVENT_LOST))
+        return self._count(Outcome.EVENT_LOST) + (self._ears.lost if self._ears is not None else 0)
+
+    def _count(self, outcome: Outcome) -> int:
+        return self._kernel.maps["counters"].sum_u64(_u32(outcome)) + self._overhearing.outcomes[outcome]
 
     # --- refusals ----------------------------------------------------------------------------------------------------
     def answer_refused(self, listener: responder.Responder) -> None:
@@ -970,20 +1007,17 @@ class Enforcement:
         """The program that belongs at the ingress of an interface; "" for a bridge's port."""
         assert self.plan is not None
         if index in self.plan.learn:
-            return "learn"
+            return "learn" if self._ears is None else "packet socket"
         return "gate" if index in self.plan.gate else ""
 
     def _snapshot(self) -> metrics.Snapshot:
         families = collections.Counter(f"ipv{entry.address.version}" for entry in self._longest())
-        per_outcome = self._kernel.maps["counters"]
         return metrics.Snapshot(
             enforcing=self.policy.mode is Mode.ENFORCE and self._table_present,
             mode=self.policy.mode.value,
             digest=self.policy.digest,
             dns_answers={
-                outcome.name.lower(): per_outcome.sum_u64(_u32(outcome))
-                for outcome in Outcome
-                if outcome is not Outcome.EVENT_LOST
+                outcome.name.lower(): self._count(outcome) for outcome in Outcome if outcome is not Outcome.EVENT_LOST
             },
             learned={family: families[family] for family in ("ipv4", "ipv6")},
             refused=self._refusals(Mode.ENFORCE),

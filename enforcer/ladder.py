@@ -139,13 +139,18 @@ class Capabilities:
 
     @property
     def vouched(self) -> frozenset[Origin]:
-        """Whose first packets carry BPF's permission."""
-        vouched = set()
-        if self.learns_in_kernel:
-            vouched.add(Origin.FORWARDED)
-            if self.stamps_connections or self.stamps_sockets:
-                vouched.add(Origin.LOCAL)
-        return frozenset(vouched)
+        """Whose first packets carry BPF's permission before the client has its answer."""
+        return self.marked if self.learns_in_kernel else frozenset()
+
+    @property
+    def marked(self) -> frozenset[Origin]:
+        """Whose marks are ours: set or cleared by a program on every connection, whatever a client put there."""
+        marked = set()
+        if self.traffic_control and "gate" in self.programs:
+            marked.add(Origin.FORWARDED)
+        if self.stamps_connections or self.stamps_sockets:
+            marked.add(Origin.LOCAL)
+        return frozenset(marked)
 
     @property
     def stamps_connections(self) -> bool:
@@ -183,7 +188,7 @@ class Capabilities:
     @property
     def counts_in_bpf(self) -> bool:
         """Whether BPF judges as well, since nftables cannot count, or can refuse by silence only."""
-        return not self.features >= {Feature.COUNTER, Feature.REJECT}
+        return bool(self.programs) and not self.features >= {Feature.COUNTER, Feature.REJECT}
 
 
 def shortfalls(capabilities: Capabilities) -> Iterator[Shortfall]:

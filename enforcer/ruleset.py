@@ -18,7 +18,7 @@ from __future__ import annotations
 import enum
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, collapse_addresses
 
@@ -80,7 +80,6 @@ _NO_SYN = "tcp flags & (fin | syn | rst | ack) != syn"
 _CONNECTION4 = "ipv4_addr . inet_service . ipv4_addr . inet_service"
 _CONNECTION6 = "ipv6_addr . inet_service . ipv6_addr . inet_service"
 _CONNECTION_OF = {version: f"{version} saddr . tcp sport . {version} daddr . tcp dport" for version in ("ip", "ip6")}
-_ONLY = {Origin.LOCAL: "iif 0 ", Origin.FORWARDED: "iif != 0 "}
 _RESPONDER_SETS = ("answered4", "answered6", "internal_routes")
 _HOST_LOOPBACK = "ip daddr 127.0.0.0/8 oifname @host_loopback accept"
 # A flood is reset instead: the responder is the daemon, which has better to do.
@@ -164,12 +163,12 @@ table inet {TABLE} {{
 	# possible here.
 	chain postrouting {{
 		type filter hook postrouting priority srcnat + 200; policy accept;
-		# Forwarded, and judged in forward.
+		# Forwarded, and judged in forward. Before 5.7 only the missing socket tells.
 		iif != 0 accept
-{_lines(_observed_in_output(policy.mode, capabilities))}
-		jump never_judged
-		jump judge_local
-		drop
+		meta skuid >= 0 goto leaving
+	}}
+	chain leaving {{
+{_lines([*_observed_in_output(policy.mode, capabilities), "jump never_judged", "jump judge_local", "drop"])}
 	}}
 
 	# Returns for what leaves this host as, or for, a new connection.
@@ -307,7 +306,7 @@ def _judge_local(capabilities: Capabilities, cgroups: Iterable[tuple[str, Marked
                 level = path.count("/") + 1
                 yield f'socket cgroupv2 level {level} "{path}" goto judge_{scope.name.lower()}'
         yield 'socket cgroupv2 level 0 "." goto judge_host'
-    else:
+    elif Origin.LOCAL in capabilities.marked:
         yield "# No verdict map: while the table is replaced, the elements of the old map are gone before its rule is."
         for scope in (MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER):
             yield f"meta mark & {MARK_SCOPE_MASK:#010x} == {scope:#010x} goto judge_{scope.name.lower()}"
@@ -343,10 +342,12 @@ def _permitted(policy: Policy, capabilities: Capabilities) -> Iterator[str]:
     if capabilities.remembers:
         yield "ip daddr . th dport @learned4 accept"
         yield "ip6 daddr . th dport @learned6 accept"
-    yield "# BPF vouches for the first packets, before the sets hold the address. Never for UDP: on an unconnected"
-    yield "# socket the mark is that of the packet before."
-    yield "# For a SYN only: the socket keeps its mark, and must not outlive a permission that was taken back."
-    yield f"{_SYN} meta mark & {MARK_VOUCHED:#010x} == {MARK_VOUCHED:#010x} goto vouched"
+    if capabilities.marked:
+        yield "# BPF vouches for the first packets, before the sets hold the address. Never for UDP: on an unconnected"
+        yield "# socket the mark is that of the packet before."
+        yield "# For a SYN only: the socket keeps its mark, and must not outlive a permission that was taken back."
+        only = _only(capabilities.marked)
+        yield f"{only}{_SYN} meta mark & {MARK_VOUCHED:#010x} == {MARK_VOUCHED:#010x} goto vouched"
     for rule in policy.rules:
         yield from _rule_addresses(rule, capabilities)
 
@@ -545,8 +546,7 @@ def _judge(
     yield "jump permitted"
     origins = {Origin.FORWARDED, Origin.LOCAL} if scope is CountedScope.CONTAINER else {Origin.LOCAL}
     if mode is Mode.ENFORCE and capabilities.looks_twice & origins:
-        only = "" if capabilities.looks_twice >= origins else _ONLY[next(iter(capabilities.looks_twice))]
-        yield f"{only}jump second_look"
+        yield f"{_only(capabilities.looks_twice & origins, origins)}jump second_look"
     if Feature.COUNTER in features:
         for protocol in Protocol:
             yield f"meta l4proto {protocol.name.lower()} counter name {counter_name(mode, scope, protocol)}"
@@ -557,6 +557,14 @@ def _judge(
         yield f'limit rate 5/second burst 10 packets log prefix "{LOG_PREFIX}{verb} {scope.value} " level info'
     if mode is Mode.OBSERVE:
         yield "accept # mode observe"
+
+
+def _only(origins: Collection[Origin], among: Collection[Origin] = frozenset(Origin)) -> str:
+    """The match that leaves, of packets that begin `among` these, those of `origins`."""
+    if set(origins) == set(among):
+        return ""
+    (origin,) = origins
+    return "iif 0 " if origin is Origin.LOCAL else "iif != 0 "
 
 
 def _rule_addresses(rule: Rule, capabilities: Capabilities) -> Iterator[str]:

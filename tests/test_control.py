@@ -44,7 +44,7 @@ except control.AlreadyRunningError as error:
 
 @pytest.fixture(autouse=True)
 def lock_name(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A name of this test's own: other daemons, other test runs and a killed holder may be in this network namespace."""
+    """A name of this test's own: other daemons, other test runs, a killed holder may be in this namespace."""
     name = f"registry-enforcer-test-{secrets.token_hex(8)}"
     monkeypatch.setattr(control, "NAMESPACE_LOCK", f"\0{name}")
     return name
