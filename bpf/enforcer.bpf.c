@@ -218,7 +218,8 @@ int sock_ops(struct bpf_sock_ops *context)
 {
 	struct settings *settings = find_settings();
 
-	if (settings && settings->configured && context->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+	if (settings && settings->configured &&
+	    (context->op == BPF_SOCK_OPS_TCP_CONNECT_CB || context->op == BPF_SOCK_OPS_RTO_CB))
 		vouch_for_connection(context, settings);
 	return 1;
 }

@@ -45,11 +45,15 @@ INLINE void vouch_for_connection(struct bpf_sock_ops *context, struct settings *
 		return;
 	connect_destination(&key, context);
 	mark = socket->mark & ~settings->mark_vouched;
-	if (is_learned(&key))
+	if (is_learned(&key)) {
 		mark |= settings->mark_vouched;
-	else if (settings->judging)
-		is_refused(&key, mark & settings->mark_mask, IPPROTO_TCP,
-			   settings); /* counts; no answer is heeded here */
+	} else if (context->op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
+		/* Its answer may be on its way: look again when the SYN is sent again. Without sets nothing else would.
+		 */
+		bpf_sock_ops_cb_flags_set(context, BPF_SOCK_OPS_RTO_CB_FLAG);
+		if (settings->judging) /* to count: no answer is heeded here */
+			is_refused(&key, mark & settings->mark_mask, IPPROTO_TCP, settings);
+	}
 	bpf_setsockopt(context, SOL_SOCKET_LEVEL, SO_MARK_OPTION, &mark, sizeof(mark));
 }
 

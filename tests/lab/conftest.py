@@ -63,7 +63,8 @@ def enforcer(any_enforcer: Enforcer) -> Enforcer:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """What the daemon said, beside the test that failed."""
     report = yield
-    enforcer = getattr(item, "funcargs", {}).get("any_enforcer")
+    arguments = getattr(item, "funcargs", {})
+    enforcer = arguments.get("daemon") or arguments.get("any_enforcer")
     if report.failed and enforcer is not None:
         report.sections.append(("the enforcer's log", enforcer.log[-4000:]))
     return report

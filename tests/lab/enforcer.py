@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +88,22 @@ def _ca_directory(lab: Lab) -> Path:
     return lab.directory / "ca"
 
 
+_starts = itertools.count(1)
+
+
 class Enforcer:
     """The daemon of one host, and the commands that talk to it."""
 
-    def __init__(self, lab: Lab, where: str, scraper: Agent) -> None:
+    def __init__(self, lab: Lab, where: str, scraper: Agent, program: Sequence[str] = (COMMAND,)) -> None:
+        """`program`: what runs the daemon, where that is not the command itself."""
+        self._program = program
         self._lab = lab
         self._where = where
         self._scraper = scraper
         self._run_dir = lab.directory / "run" / where
         self._policy_file = lab.directory / f"policy-{where}.toml"
         self._places = ["--bpffs", str(lab.bpffs / where), "--cgroup", str(lab.host_cgroup(where))]
-        self._starts = 0
+        self._log_name = ""
         self._daemon: subprocess.Popen[bytes] | None = None
         self.policy = ""
 
@@ -114,20 +121,16 @@ class Enforcer:
     @property
     def log(self) -> str:
         """What the daemon that runs (or ran last) has said."""
-        return self._lab.log(self._log_name) if self._starts else ""
-
-    @property
-    def _log_name(self) -> str:
-        return f"enforcer-{self._where}-{self._starts}"
+        return self._lab.log(self._log_name) if self._log_name else ""
 
     def start(self, text: str, *, loader: str = "libbpf") -> str:
         """Start the daemon with a policy; the value is its `ready` line."""
         assert not self.running
         self._write_policy(text)
-        self._starts += 1
+        self._log_name = f"enforcer-{self._where}-{next(_starts)}"
         daemon = self._daemon = self._lab.spawn(
             self._where,
-            [COMMAND, "run", "--policy", str(self._policy_file), "--run-dir", str(self._run_dir),
+            [*self._program, "run", "--policy", str(self._policy_file), "--run-dir", str(self._run_dir),
              "--state-dir", str(self._lab.directory / "state" / self._where), *self._places,
              "--metrics", f"127.0.0.1:{METRICS_PORT}", "--loader", loader],
             self._log_name,
