@@ -382,8 +382,20 @@ def cgroup_root() -> Path:
 def _kill_cgroup(cgroup: Path) -> None:
     if not cgroup.exists():
         return
-    (cgroup / "cgroup.kill").write_text("1")
-    poll(f"end of all processes in {cgroup}", lambda: "populated 0" in (cgroup / "cgroup.events").read_text())
+
+    def is_empty() -> bool:
+        if "populated 0" in (cgroup / "cgroup.events").read_text():
+            return True
+        if not (cgroup / "cgroup.kill").exists():  # before 5.14; again and again, since they may fork
+            for processes in cgroup.rglob("cgroup.procs"):
+                for pid in processes.read_text().split():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
+        return False
+
+    if (cgroup / "cgroup.kill").exists():
+        (cgroup / "cgroup.kill").write_text("1")
+    poll(f"end of all processes in {cgroup}", is_empty)
 
 
 def _remove_cgroup(cgroup: Path) -> None:

@@ -135,7 +135,7 @@ def debian_mirror() -> str:
     )  # fmt: skip
     if sites := targets.stdout.split():
         return sites[0]
-    return re.findall(r'^DEF_MIRROR="(.*)"', _DEBOOTSTRAP.read_text(), re.MULTILINE)[0]
+    return str(re.findall(r'^DEF_MIRROR="(.*)"', _DEBOOTSTRAP.read_text(), re.MULTILINE)[0])
 
 
 class _PrivateApt:
@@ -170,11 +170,11 @@ class _PrivateApt:
 
     def versions(self, names: str) -> list[tuple[str, str]]:
         """(package, version) of all packages whose name matches, best last."""
-        found = self.run("apt-cache", "search", "--names-only", names).split("\n")
-        packages = [line.split()[0] for line in found if line]
+        found = self.run("apt-cache", "search", "--names-only", names)
+        packages = [line.split()[0] for line in found.splitlines()]
         shown = self.run("apt-cache", "show", *packages) if packages else ""
-        pairs = re.findall(r"^Package: (\S+)\n(?:.+\n)*?Version: (\S+)", shown, re.MULTILINE)
-        return sorted(pairs, key=functools.cmp_to_key(lambda a, b: _compare_versions(a[1], b[1])))
+        pairs: list[tuple[str, str]] = re.findall(r"^Package: (\S+)\n(?:.+\n)*?Version: (\S+)", shown, re.MULTILINE)
+        return sorted(pairs, key=functools.cmp_to_key(lambda one, other: _compare_versions(one[1], other[1])))
 
     def download(self, package: str, place: Path) -> None:
         """One package, `name=version`, checked by apt."""

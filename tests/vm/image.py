@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import inspect
 import lzma
 import shutil
 import stat
@@ -60,7 +61,8 @@ def _run(*command: str | Path) -> str:
 def base() -> Path:
     """The squashfs of the distribution, made if it is not there yet (a minute, root)."""
     requirements = _requirements()
-    key = hashlib.sha256(repr((_SUITE, _PACKAGES, _LEFT_OUT, _SQUASHFS, requirements)).encode()).hexdigest()[:16]
+    made_of = (_SUITE, _PACKAGES, _LEFT_OUT, _SQUASHFS, requirements, inspect.getsource(_make_base))
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
     path = CACHE / "images" / f"base-{key}.squashfs"
     with made_once(path) as place:
         if place is not None:
@@ -80,11 +82,18 @@ def _requirements() -> tuple[str, ...]:
 
 
 def _make_base(root: Path, requirements: tuple[str, ...]) -> None:
-    _run("debootstrap", "--variant=minbase", f"--include={','.join(_PACKAGES)}", _SUITE, root, debian_mirror())
+    # In a mount namespace: what debootstrap mounts ends with it, however it ends.
+    _run(
+        *("unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={','.join(_PACKAGES)}"),
+        *(_SUITE, root, debian_mirror()),
+    )
     _run(
         *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"),
-        *("--target", root / _SITE_PACKAGES, "--python-version", _PYTHON, "--only-binary=:all:", *requirements),
+        *("--target", str(root / _SITE_PACKAGES), "--python-version", _PYTHON, "--only-binary=:all:", *requirements),
     )
+    # Compiled here: emulated it would take half a minute. Not by the machine's Python, which may be another.
+    _run("chroot", root, "python3", "-m", "compileall", "-q", f"/{_SITE_PACKAGES}")
+    (root / "etc/resolv.conf").unlink(missing_ok=True)  # debootstrap leaves the machine's
 
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
@@ -166,6 +175,8 @@ def checkout(path: Path) -> None:
             copy = top / CHECKOUT[1:] / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy)
+        if sys.version_info[:2] == (3, 11):  # else the guest compiles it, which takes longer
+            _run(sys.executable, "-m", "compileall", "-q", "-s", top, "-p", "/", top)
         _make_venv(top)
         (top / "vm").mkdir()  # where the guest's init is
         shutil.copy2(Path(__file__).with_name("guest.sh"), top / "vm/guest.sh")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Debian:
-    """A suite that Debian's own keyring vouches for. It drops what is superseded; then the newest of `series` serves."""
+    """A suite; Debian's keyring vouches for it. It drops what is superseded: then the newest of `series` will do."""
 
     suite: str
     series: re.Pattern[str]  # of releases (uname -r) that are as good
@@ -46,7 +46,7 @@ class Kernel:
     version: str  # of the packages
     packages: Mapping[str, str]  # package without "-release" -> SHA-256
     parameters: tuple[str, ...] = ()  # on the kernel's command line
-    expected: Expected = Expected()  # noqa: RUF009 - frozen
+    expected: Expected = Expected()
     in_ci: bool = False
 
 
