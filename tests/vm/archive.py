@@ -174,7 +174,7 @@ class _PrivateApt:
         packages = [line.split()[0] for line in found.splitlines()]
         shown = self.run("apt-cache", "show", *packages) if packages else ""
         pairs: list[tuple[str, str]] = re.findall(r"^Package: (\S+)\n(?:.+\n)*?Version: (\S+)", shown, re.MULTILINE)
-        return sorted(pairs, key=functools.cmp_to_key(lambda one, other: _compare_versions(one[1], other[1])))
+        return sorted(pairs, key=functools.cmp_to_key(_by_version))
 
     def download(self, package: str, place: Path) -> None:
         """One package, `name=version`, checked by apt."""
@@ -184,10 +184,11 @@ class _PrivateApt:
             downloaded.rename(place)
 
 
-def _compare_versions(one: str, other: str) -> int:
-    if one == other:
+def _by_version(one: tuple[str, str], other: tuple[str, str]) -> int:
+    """Whether (package, version) sorts before, with or after another."""
+    if one[1] == other[1]:
         return 0
-    greater = subprocess.run(["dpkg", "--compare-versions", one, "gt", other], check=False).returncode == 0
+    greater = subprocess.run(["dpkg", "--compare-versions", one[1], "gt", other[1]], check=False).returncode == 0
     return 1 if greater else -1
 
 

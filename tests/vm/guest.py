@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -154,7 +155,7 @@ def vectors(report: Report) -> Facts:
 
 def lab(report: Report) -> Facts:
     """The main job in namespaces, with the small internet."""
-    os.environ["LAB_INTERNET"] = "small"
+    os.environ |= {"LAB_INTERNET": "small", "LAB_HOST": "initial"}
     return _pytest(report, *LAB)
 
 
@@ -197,6 +198,7 @@ def main() -> None:
     """Do the steps; one that fails does not keep the others from being done."""
     (parameter,) = (word for word in Path("/proc/cmdline").read_text().split() if word.startswith("vm.steps="))
     report = Report(Path(sys.argv[1]))
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))  # maps, before 5.11
     booted = round(time.clock_gettime(time.CLOCK_BOOTTIME), 1)
     report.tell({"step": "boot", "result": "ok", "detail": "", "seconds": booted,
                  "facts": {"release": platform.release()}})  # fmt: skip

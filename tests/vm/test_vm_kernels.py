@@ -59,7 +59,7 @@ def report(**changed: Any) -> list[dict[str, Any]]:
         {"step": name, "result": "ok", "detail": "", "seconds": 1.0, "facts": facts[name]}
         for name in ("boot", *steps_of(OLD))
     ]
-    names = [f"kernel/test_learn.py::test_vector_teaches_what_it_says[{n}]" for n in range(2 * len(list(_vectors())))]
+    names = [f"kernel/test_learn.py::test_vector_teaches_what_it_says[{n}]" for n in range(2 * len(_vectors()))]
     results = dict.fromkeys(names, "ok") | {"lab/test_core.py::test_x[engine]": "failed"}
     tests = [{"test": name, "result": result, "detail": "", "seconds": 0.1} for name, result in results.items()]
     records = {record.get("step") or record["test"]: record for record in (*steps, *tests)}
@@ -68,7 +68,7 @@ def report(**changed: Any) -> list[dict[str, Any]]:
     return list(records.values())
 
 
-def _vectors() -> Iterator[dns_vectors.Vector]:
+def _vectors() -> list[dns_vectors.Vector]:
     return dns_vectors.load()
 
 
