@@ -11,7 +11,7 @@ BPF_FLAGS := -target bpf -mcpu=v2 -O2 -g -Wall -Werror
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 BPF_OBJECTS := build/enforcer.bpf.o build/enforcer-legacy.bpf.o
 
-.PHONY: help setup setup-run bpf run test demo bench lint wheel fresh clean
+.PHONY: help setup setup-run bpf run test kernels demo bench lint wheel fresh clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ run: setup-run ## enforce on this host until Ctrl-C, then take it out again; POL
 
 test: setup ## run every test and linter; PYTEST_ARGS="-k name" for some (root, or what needs it skips)
 	@.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+kernels: setup ## boot every kernel that must hold under qemu and print a table; KERNELS="5.4 6.12" for some (root)
+	@.venv/bin/python -m tests.vm $(KERNELS)
 
 demo: setup ## allowed and refused pulls with docker and podman, in namespaces of their own
 	@.venv/bin/python -m tests.lab.demo

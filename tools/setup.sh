@@ -28,21 +28,27 @@ test_packages=(
     buildah
     busybox-static
     clang-format
+    cpio
     curl
+    debootstrap
     dnsmasq-base
     docker-registry
     "docker.io|docker-ce"
+    kmod
     knot
     openssl
     passt
     podman
     prometheus
+    qemu-system-x86
     "rootlesskit|docker-ce-rootless-extras"
     shellcheck
     skopeo
     slirp4netns
+    squashfs-tools
     uidmap
     unbound
+    zstd
 )
 imports_of_run=(cryptography dns enforcer idna prometheus_client pyroute2)
 imports_of_all=("${imports_of_run[@]}" hypothesis mypy pytest pytest_timeout setuptools)

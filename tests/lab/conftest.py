@@ -1,13 +1,17 @@
-"""One lab for all tests of this directory: it takes seconds to build, a policy takes a reload."""
+"""One lab for all tests of this directory: it takes seconds to build, a policy takes a reload.
+
+With LAB_INTERNET=small it runs without engines and real servers, for the tests that do not ask for `clients`.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.lab import internet
+from tests.lab import internet, small_internet
 from tests.lab.bench import FreshNames
 from tests.lab.clients import Clients
 from tests.lab.enforcer import COMMAND, Enforcer, policy, trust_refusal_ca
@@ -15,8 +19,13 @@ from tests.lab.lab import Lab, missing_tools
 
 
 @pytest.fixture(scope="session")
-def built() -> Iterator[tuple[Lab, Clients]]:
+def built() -> Iterator[tuple[Lab, Clients | None]]:
     """The lab with its internet and its clients; no enforcer yet."""
+    if os.environ.get("LAB_INTERNET") == "small":
+        with Lab() as lab:
+            small_internet.start(lab)
+            yield lab, None
+        return
     if missing := missing_tools():
         pytest.skip(f"the lab needs {', '.join(missing)}: make setup")
     with Lab() as lab:
@@ -27,15 +36,15 @@ def built() -> Iterator[tuple[Lab, Clients]]:
 
 
 @pytest.fixture(scope="session")
-def lab(built: tuple[Lab, Clients]) -> Lab:
+def lab(built: tuple[Lab, Clients | None]) -> Lab:
     """The lab."""
     return built[0]
 
 
 @pytest.fixture(scope="session")
-def clients(built: tuple[Lab, Clients]) -> Clients:
+def clients(built: tuple[Lab, Clients | None]) -> Clients:
     """Its docker, podman, skopeo and curl."""
-    return built[1]
+    return built[1] or pytest.skip("there are none beside the small internet")
 
 
 @pytest.fixture(scope="session")

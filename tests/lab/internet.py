@@ -26,8 +26,8 @@ EVIL_ADDRESS = "198.18.66.66"
 EVIL_ADDRESS6 = "2001:2:0:66::66"
 ALLOWED_ADDRESS = "198.18.1.10"
 
-_SOA = "@ 300 SOA ns.{0}. admin.{0}. 1 3600 600 86400 5\n@ 300 NS ns.{0}.\nns 300 A " + AUTHORITY + "\n"
-_ZONES = {
+SOA = "@ 300 SOA ns.{0}. admin.{0}. 1 3600 600 86400 5\n@ 300 NS ns.{0}.\nns 300 A " + AUTHORITY + "\n"
+ZONES = {
     "allowed.test": """
         registry   300 A     198.18.1.10
         *.blobs    300 A     198.18.1.11
@@ -98,7 +98,7 @@ def start(lab: Lab) -> Internet:
 
 # --- DNS -------------------------------------------------------------------------------------------------------------
 def _start_dns(lab: Lab, directory: Path) -> None:
-    zones = dict(_ZONES)
+    zones = dict(ZONES)
     zones["allowed.test"] += "".join(f"big.blobs 300 A 198.18.3.{i + 1}\n" for i in range(ADDRESSES_OF_BIG))
     zones["allowed.test"] += "".join(
         f"{fresh_name(i)}. 300 A {fresh_address(i)}\n{fresh_name(i)}. 300 AAAA {fresh_address(i, 6)}\n"
@@ -106,7 +106,7 @@ def _start_dns(lab: Lab, directory: Path) -> None:
     )
     for zone, records in zones.items():
         lines = "\n".join(line.strip() for line in records.splitlines())
-        (directory / f"{zone}.zone").write_text(_SOA.format(zone) + lines + "\n")
+        (directory / f"{zone}.zone").write_text(SOA.format(zone) + lines + "\n")
     (directory / "knot.conf").write_text(
         f"server:\n  rundir: {directory}\n  listen: {AUTHORITY}@53\n"
         f"database:\n  storage: {directory}\n  journal-db-max-size: 16M\n"

@@ -8,6 +8,9 @@
 Everything of a lab carries its name (re-XXXX) and can be found by it: `destroy` needs nothing else, and so also clears
 what a crashed run has left. The processes are members of the lab's cgroup and end with it. A lab that is alive holds a
 lock on its directory, so two labs never touch each other.
+
+With LAB_HOST=initial the enforced host is the initial network namespace, as it is outside of labs: before Linux 5.14
+only its sockets can be told from others. What the lab puts there stays, so this is for guests that end with it.
 """
 
 from __future__ import annotations
@@ -190,7 +193,10 @@ class Lab:
             (self.directory / part).mkdir()
         command("mount", "-t", "bpf", "bpf", str(self.bpffs))
         for namespace in ("net", "host", "ct", "two"):
-            command("ip", "netns", "add", self.namespace(namespace))
+            if namespace == "host" and os.environ.get("LAB_HOST") == "initial":
+                command("ip", "netns", "attach", self.namespace(namespace), "1")
+            else:
+                command("ip", "netns", "add", self.namespace(namespace))
         self._wire()
         self._holder = self._hold_mounts()
         self.net = self.agent("net")
@@ -382,8 +388,20 @@ def cgroup_root() -> Path:
 def _kill_cgroup(cgroup: Path) -> None:
     if not cgroup.exists():
         return
-    (cgroup / "cgroup.kill").write_text("1")
-    poll(f"end of all processes in {cgroup}", lambda: "populated 0" in (cgroup / "cgroup.events").read_text())
+
+    def is_empty() -> bool:
+        if "populated 0" in (cgroup / "cgroup.events").read_text():
+            return True
+        if not (cgroup / "cgroup.kill").exists():  # before 5.14; again and again, since they may fork
+            for processes in cgroup.rglob("cgroup.procs"):
+                for pid in processes.read_text().split():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
+        return False
+
+    if (cgroup / "cgroup.kill").exists():
+        (cgroup / "cgroup.kill").write_text("1")
+    poll(f"end of all processes in {cgroup}", is_empty)
 
 
 def _remove_cgroup(cgroup: Path) -> None:

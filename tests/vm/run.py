@@ -1,0 +1,48 @@
+"""One kernel from its packages to its verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.vm import archive, image, machine
+from tests.vm.kernels import Kernel
+from tests.vm.verdict import Verdict, judge, steps_of
+
+_TOOLS = ("cpio", "debootstrap", "depmod", "mksquashfs", "qemu-system-x86_64", "zstd")
+_DEADLINE_SECONDS = 540
+
+
+def unable() -> str:
+    """Why no kernel can be booted here; empty if they can."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if os.uname().machine != "x86_64":
+        return f"the kernels are for x86_64, not {os.uname().machine}"
+    if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
+        return f"booting kernels needs {', '.join(missing)}: make setup"
+    return ""
+
+
+@contextlib.contextmanager
+def layers() -> Iterator[tuple[Path, Path]]:
+    """The base and the checkout, as the layers of any number of guests."""
+    with tempfile.TemporaryDirectory(prefix="registry-enforcer-vm-") as directory:
+        checkout = Path(directory, "checkout.squashfs")
+        image.checkout(checkout)
+        yield image.base(), checkout
+
+
+def run(kernel: Kernel, base: Path, checkout: Path) -> tuple[Verdict, str]:
+    """The verdict, and the end of the console. Raises FetchError if the kernel cannot be had."""
+    fetched = archive.fetch(kernel)
+    ran = machine.boot(
+        image.boot_files(fetched), base, checkout,
+        parameters=(*kernel.parameters, f"vm.steps={','.join(steps_of(kernel))}"),
+        deadline_seconds=_DEADLINE_SECONDS,
+    )  # fmt: skip
+    return judge(kernel, ran.records, ended=ran.ended, seconds=ran.seconds, note=fetched.note), ran.console

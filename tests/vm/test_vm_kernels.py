@@ -1,0 +1,103 @@
+"""The oldest and the newest kernel hold; `make kernels` asks the others as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import dns_vectors
+from tests.vm.kernels import KERNELS, Debian, Expected, Kernel
+from tests.vm.run import layers, run, unable
+from tests.vm.verdict import judge, steps_of
+
+OLD = Kernel(
+    name="old",
+    origin=Debian("some", KERNELS[-1].origin.series),  # type: ignore[union-attr]
+    release="1.0",
+    version="1",
+    packages={},
+    expected=Expected(
+        programs_missing={"connect4": "why"}, nft_missing={"ct": "why"}, failing={"lab/test_core.py::test_x[*]": "why"}
+    ),
+)
+
+
+@pytest.fixture(scope="session")
+def vm_layers() -> Iterator[tuple[Path, Path]]:
+    """What every guest is made of."""
+    if why_not := unable():
+        pytest.skip(why_not)
+    with layers() as made:
+        yield made
+
+
+@pytest.mark.root
+@pytest.mark.vm
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel.in_ci], ids=lambda kernel: kernel.name)
+def test_kernel_does_what_is_expected_of_it(vm_layers: tuple[Path, Path], kernel: Kernel) -> None:
+    verdict, console = run(kernel, *vm_layers)
+    print(console)
+    print(verdict.row())
+    assert verdict.surprises == ()
+
+
+def report(**changed: Any) -> list[dict[str, Any]]:
+    """What a guest with the kernel OLD reports, as expected but for what is changed."""
+    facts: dict[str, dict[str, Any]] = {
+        "boot": {"release": "1.0"},
+        "doctor": {"findings": [{"subject": "nftables ct", "state": "missing"}]},
+        "libbpf": {"programs": {"learn": 200_000}, "refused": {"connect4_pidns": "why", "connect4": "why"}},
+        "vectors": {},
+        "lab": {},
+    }
+    steps = [
+        {"step": name, "result": "ok", "detail": "", "seconds": 1.0, "facts": facts[name]}
+        for name in ("boot", *steps_of(OLD))
+    ]
+    names = [f"kernel/test_learn.py::test_vector_teaches_what_it_says[{n}]" for n in range(2 * len(_vectors()))]
+    results = dict.fromkeys(names, "ok") | {"lab/test_core.py::test_x[engine]": "failed"}
+    tests = [{"test": name, "result": result, "detail": "", "seconds": 0.1} for name, result in results.items()]
+    records = {record.get("step") or record["test"]: record for record in (*steps, *tests)}
+    for name, change in changed.items():
+        records[name] = records[name] | change
+    return list(records.values())
+
+
+def _vectors() -> list[dns_vectors.Vector]:
+    return dns_vectors.load()
+
+
+def surprises(records: list[dict[str, Any]], *, ended: bool = True) -> tuple[str, ...]:
+    return judge(OLD, records, ended=ended, seconds=1.0).surprises
+
+
+def test_report_as_expected_is_no_surprise() -> None:
+    assert surprises(report()) == ()
+
+
+def test_guest_that_does_not_come_up_or_does_not_end_is_a_failure() -> None:
+    assert surprises([]) != ()
+    assert surprises(report(), ended=False) != ()
+    assert surprises(report()[:-40]) != ()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"libbpf": {"facts": {"programs": {}, "refused": {"connect4": "", "learn": ""}}}}, "libbpf: learn"),
+        ({"libbpf": {"facts": {"programs": {"connect4": 1}, "refused": {}}}}, "not so any more"),
+        ({"libbpf": {"facts": {"programs": {"learn": 600_000}, "refused": {"connect4": ""}}}}, "600000 instructions"),
+        ({"doctor": {"facts": {"findings": []}}}, "not so any more"),
+        ({"lab": {"result": "failed", "detail": "no namespaces"}}, "no namespaces"),
+        ({"lab/test_core.py::test_x[engine]": {"result": "ok"}}, "expected to fail, and does not"),
+        ({"kernel/test_learn.py::test_vector_teaches_what_it_says[1]": {"result": "skipped"}}, "skipped"),
+    ],
+)
+def test_surprise_in_either_direction_is_a_failure(changed: dict[str, Any], said: str) -> None:
+    found = surprises(report(**changed))
+    assert any(said in surprise for surprise in found), found
