@@ -74,6 +74,7 @@ class Sandbox:
             "PATH": f"{path}/bin:{os.environ['PATH']}",
             "SANDBOX": str(path),
             "POLICY_RC_D": str(self.policy),
+            "USERSPACE": str(path / "userspace"),
         }
 
     def start(self, *command: str) -> subprocess.Popen[str]:
@@ -200,7 +201,6 @@ def host_of(sandbox: Sandbox, system: str, python: str | None) -> None:
     (sandbox.path / "os-release").write_text(f'ID={id}\nVERSION_ID="{version}"\nPRETTY_NAME="{system.title()}"\n')
     sandbox.environment["OS_RELEASE"] = str(sandbox.path / "os-release")
     sandbox.environment["SYSTEM_PYTHON"] = str(sandbox.path / "python3")
-    sandbox.environment["USERSPACE"] = str(sandbox.path / "userspace")
     if python:
         executable(sandbox.path / "python3", f"#!/bin/sh\necho Python {python}\n")
 
