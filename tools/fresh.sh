@@ -35,6 +35,7 @@ debootstrap --variant=minbase --include=make,git "${options[@]}" "$suite" "$root
 mkdir "$root/checkout"
 git -c safe.directory='*' ls-files -z --cached --others --exclude-standard |
     tar --create --null --files-from=- --ignore-failed-read | tar --extract --directory "$root/checkout"
+git -c init.defaultBranch=main init --quiet "$root/checkout" # the tests ask git what belongs to it
 cp --dereference /etc/resolv.conf "$root/etc/resolv.conf"
 # Whom this machine trusts may be more than whom a bare system trusts.
 cp /etc/ssl/certs/ca-certificates.crt "$root/root/trusted.pem"
