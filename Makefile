@@ -4,9 +4,12 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
+# Where programs run: here, or in the Debian 12 user space that set-up makes on hosts whose own does not serve.
+HERE := tools/userspace.sh exec
+
 CLANG ?= clang
 # Where linux-libc-dev puts asm/; expanded only when something is compiled.
-MULTIARCH = $(shell /usr/bin/python3 -c 'import sysconfig; print(sysconfig.get_config_var("MULTIARCH"))')
+MULTIARCH = $(shell $(HERE) /usr/bin/python3 -c 'import sysconfig; print(sysconfig.get_config_var("MULTIARCH"))')
 BPF_FLAGS := -target bpf -mcpu=v2 -O2 -g -Wall -Werror
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 BPF_OBJECTS := build/enforcer.bpf.o build/enforcer-legacy.bpf.o
@@ -25,22 +28,22 @@ setup-run:
 	@$(MAKE) bpf
 
 run: setup-run ## enforce on this host until Ctrl-C, then take it out again; POLICY=file for another policy than the default
-	@tools/run.sh $(if $(POLICY),--policy "$(POLICY)")
+	@$(HERE) tools/run.sh $(if $(POLICY),--policy "$(POLICY)")
 
 test: setup ## run every test and linter; PYTEST_ARGS="-k name" for some (root, or what needs it skips)
-	@.venv/bin/python -m pytest $(PYTEST_ARGS)
+	@$(HERE) .venv/bin/python -m pytest $(PYTEST_ARGS)
 
 kernels: setup ## boot every kernel that must hold under qemu and print a table; KERNELS="5.4 6.12" for some (root)
-	@.venv/bin/python -m tests.vm $(KERNELS)
+	@$(HERE) .venv/bin/python -m tests.vm $(KERNELS)
 
 demo: setup ## allowed and refused pulls with docker and podman, in namespaces of their own
-	@.venv/bin/python -m tests.lab.demo
+	@$(HERE) .venv/bin/python -m tests.lab.demo
 
 bench: setup ## first connections to fresh names, beside a run without enforcement
-	@.venv/bin/python -m tests.lab.bench
+	@$(HERE) .venv/bin/python -m tests.lab.bench
 
 lint: setup ## only the linters
-	@.venv/bin/python -m pytest -q tests/test_style.py tests/test_layers.py
+	@$(HERE) .venv/bin/python -m pytest -q tests/test_style.py tests/test_layers.py
 
 bpf: $(BPF_OBJECTS) ## compile the BPF objects, if a source changed
 	@:
@@ -48,7 +51,7 @@ bpf: $(BPF_OBJECTS) ## compile the BPF objects, if a source changed
 build/%.bpf.o: $(BPF_SOURCES)
 	@echo "bpf: compiling $@"
 	@mkdir -p build
-	@$(CLANG) $(BPF_FLAGS) -I/usr/include/$(MULTIARCH) -c bpf/enforcer.bpf.c -o $@
+	@$(HERE) $(CLANG) $(BPF_FLAGS) -I/usr/include/$(MULTIARCH) -c bpf/enforcer.bpf.c -o $@
 
 build/enforcer-legacy.bpf.o: BPF_FLAGS += -DLEGACY_KERNEL
 
@@ -59,11 +62,11 @@ wheel: setup ## a wheel with the BPF objects and their source in it, in dist/
 	@cp $(BPF_SOURCES) enforcer/objects/bpf/
 	@# Copies that stayed would hide what `make bpf` compiles later.
 	@trap 'rm -rf enforcer/objects' EXIT; \
-	    .venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	    $(HERE) .venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
-fresh: ## prove that set-up works on a bare Debian: make setup in a new system under build/ (root, network, minutes); SUITE=noble for Ubuntu
-	@tools/fresh.sh $(SUITE)
+fresh: ## prove that set-up works on a bare Debian, in a new system under build/ (root, network, minutes); SUITE=focal for Ubuntu's
+	@tools/fresh.sh $(or $(SUITE),bookworm) $(if $(RUN),'$(RUN)')
 
 clean: ## remove build products; .venv/ stays
 	@rm -rf build dist enforcer/objects *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

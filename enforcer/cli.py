@@ -420,7 +420,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the value is the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.main(arguments))
+        status = int(arguments.main(arguments))
+        sys.stdout.flush()  # here, where a reader that has gone is caught, not at exit
+        return status
     except policy.PolicyError as error:
         # FILE:LINE: first, as compilers do, so that editors can jump there.
         print(error, file=sys.stderr)

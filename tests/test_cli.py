@@ -114,6 +114,7 @@ def test_a_closed_pipe_is_no_error(policy_file: Path) -> None:
     os.close(reader)
     done = subprocess.run(
         [sys.executable, "-m", "enforcer.cli", "check", str(policy_file), "--json"],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
         stdout=writer,
         stderr=subprocess.PIPE,
         timeout=30,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -73,6 +74,7 @@ class Sandbox:
             "PATH": f"{path}/bin:{os.environ['PATH']}",
             "SANDBOX": str(path),
             "POLICY_RC_D": str(self.policy),
+            "USERSPACE": str(path / "userspace"),
         }
 
     def start(self, *command: str) -> subprocess.Popen[str]:
@@ -180,10 +182,7 @@ def test_without_root_set_up_names_what_is_missing_and_installs_nothing() -> Non
 
 
 def test_without_apt_set_up_names_what_is_needed(sandbox: Sandbox) -> None:
-    (sandbox.path / "bin/dpkg-query").unlink()
-    for name in ("bash", "dirname", "sed"):
-        (sandbox.path / "bin" / name).symlink_to(str(shutil.which(name)))
-    sandbox.environment["PATH"] = str(sandbox.path / "bin")
+    only(sandbox)
     status, output = sandbox.run("tools/setup.sh", "run")
     assert status == 1
     assert "python3-nftables" in output
@@ -193,6 +192,204 @@ def test_unknown_mode_is_a_usage_error(sandbox: Sandbox) -> None:
     status, output = sandbox.run("tools/setup.sh", "everything")
     assert status == 1
     assert "usage" in output
+
+
+# --- tools/userspace.sh ----------------------------------------------------------------------------------------------
+def host_of(sandbox: Sandbox, system: str, python: str | None) -> None:
+    """The host is what an os-release of "ID VERSION_ID" and /usr/bin/python3 -V say; None: it has no Python."""
+    id, _, version = system.partition(" ")
+    (sandbox.path / "os-release").write_text(f'ID={id}\nVERSION_ID="{version}"\nPRETTY_NAME="{system.title()}"\n')
+    sandbox.environment["OS_RELEASE"] = str(sandbox.path / "os-release")
+    sandbox.environment["SYSTEM_PYTHON"] = str(sandbox.path / "python3")
+    if python:
+        executable(sandbox.path / "python3", f"#!/bin/sh\necho Python {python}\n")
+
+
+def only(sandbox: Sandbox, *stand_ins: str) -> None:
+    """No programs but these stand-ins and what the scripts themselves are written with."""
+    for path in (sandbox.path / "bin").iterdir():
+        if path.name not in stand_ins:
+            path.unlink()
+    written_with = "base64 bash chmod cp dirname flock grep mkdir mktemp mv rm sed sleep tail"
+    for name in {*written_with.split()} - {path.name for path in (sandbox.path / "bin").iterdir()}:
+        (sandbox.path / "bin" / name).symlink_to(str(shutil.which(name)))
+    sandbox.environment["PATH"] = str(sandbox.path / "bin")
+
+
+@pytest.mark.parametrize(
+    ("system", "python", "reason"),
+    [
+        ("ubuntu 20.04", "3.8.10", "Ubuntu 20.04 has Python 3.8.10, and 3.11 and libbpf 1.0 are needed"),
+        ("ubuntu 22.04", "3.10.12", "Ubuntu 22.04 has Python 3.10.12, and 3.11 and libbpf 1.0 are needed"),
+        ("linuxmint 21.3", "3.10.12", "Linuxmint 21.3 has Python 3.10.12, and 3.11 and libbpf 1.0 are needed"),
+        ("ubuntu 20.04", None, "Ubuntu 20.04 has neither Python 3.11 nor libbpf 1.0"),
+        ("debian 11", None, "Debian 11 has neither Python 3.11 nor libbpf 1.0"),
+        ("ubuntu 24.04", "3.12.3", ""),
+        ("ubuntu 24.04", None, ""),
+        ("debian 12", "3.11.2", ""),
+        ("debian 12", None, ""),
+        ("debian", None, ""),  # testing
+        ("debian 13", "3.13.5", ""),
+    ],
+)
+def test_old_python_is_why_another_user_space_is_needed(
+    sandbox: Sandbox, system: str, python: str | None, reason: str
+) -> None:
+    host_of(sandbox, system, python)
+    status, output = sandbox.run("tools/userspace.sh", "why")
+    assert output.strip() == reason
+    assert (status == 0) == bool(reason)
+
+
+def test_host_without_apt_needs_another_user_space_whatever_its_python(sandbox: Sandbox) -> None:
+    host_of(sandbox, "fedora 42", "3.13.3")
+    only(sandbox, "dpkg-query")
+    status, output = sandbox.run("tools/userspace.sh", "why")
+    assert (status, output) == (0, "Fedora 42 has no apt, and what to install is known by Debian's names only\n")
+
+
+FAKE_DEBOOTSTRAP = """#!/bin/bash
+echo "$*" >>"$SANDBOX/debootstrapped"
+for word; do case $word in --keyring=*) cp "${word#*=}" "$SANDBOX/keyring.gpg" ;; esac; done
+[[ -e $SANDBOX/works ]] || { echo "E: no such luck"; exit 1; }
+mkdir -p "${@: -1}"/{etc/apt/apt.conf.d,usr/lib,var/cache/apt/archives}
+echo 12.0 >"${@: -1}/etc/debian_version"
+echo "deb http://mirror.test/debian bookworm main" >"${@: -1}/etc/apt/sources.list"
+"""
+
+
+@pytest.mark.root
+def test_only_debootstrap_is_installed_on_an_old_host_and_its_services_may_start_again(sandbox: Sandbox) -> None:
+    host_of(sandbox, "ubuntu 20.04", "3.8.10")
+    only(sandbox, "dpkg-query", "apt-get")
+    status, output = sandbox.run("tools/setup.sh", "run")
+    assert status == 1
+    assert "Ubuntu 20.04 has Python 3.8.10" in output
+    assert sandbox.asked_to_install()[-2:] == ["--no-install-recommends", "debootstrap"]
+    assert not sandbox.policy.exists()
+
+
+@pytest.mark.root
+def test_debootstrap_comes_from_dnf_where_that_is_what_there_is(sandbox: Sandbox) -> None:
+    host_of(sandbox, "fedora 42", "3.13.3")
+    executable(sandbox.path / "bin/dnf", '#!/bin/sh\necho "$*" >>"$SANDBOX/asked"; exit 1\n')
+    only(sandbox, "dnf")
+    status, output = sandbox.run("tools/setup.sh", "run")
+    assert status == 1
+    assert "dnf could not install debootstrap" in output
+    assert "install -y" in (sandbox.path / "asked").read_text()
+
+
+@pytest.mark.root
+def test_user_space_is_made_once_and_a_failed_attempt_is_made_again(sandbox: Sandbox) -> None:
+    host_of(sandbox, "ubuntu 22.04", "3.10.12")
+    executable(sandbox.path / "bin/debootstrap", FAKE_DEBOOTSTRAP)
+    status, output = sandbox.run("tools/userspace.sh", "make")
+    assert status == 1
+    assert "E: no such luck" in output
+    (sandbox.path / "works").touch()
+    for _ in range(2):
+        status, _ = sandbox.run("tools/userspace.sh", "make")
+        assert status == 0
+    root = sandbox.path / "userspace"
+    first, second = (sandbox.path / "debootstrapped").read_text().splitlines()
+    assert first == second or first.split("--keyring")[0] == second.split("--keyring")[0]
+    assert first.endswith(f"bookworm {root}.new")
+    assert (root / "etc/apt/sources.list").read_text().splitlines() == [
+        "deb http://mirror.test/debian bookworm main",
+        "deb http://mirror.test/debian-security bookworm-security main",
+    ]
+
+
+@pytest.mark.root
+def test_user_space_is_believed_with_debians_own_key_only(sandbox: Sandbox) -> None:
+    executable(sandbox.path / "bin/debootstrap", FAKE_DEBOOTSTRAP)
+    host_of(sandbox, "ubuntu 20.04", "3.8.10")
+    sandbox.run("tools/userspace.sh", "make")
+    packet = (sandbox.path / "keyring.gpg").read_bytes()
+    assert packet[0] == 0x98  # a public-key packet with one byte of length, RFC 4880 4.2
+    key = packet[2 : 2 + packet[1]]
+    fingerprint = hashlib.sha1(b"\x99" + len(key).to_bytes(2, "big") + key).hexdigest()  # noqa: S324 - as in 12.2
+    assert fingerprint.upper() == "4D64FEC119C2029067D6E791F8D2585B8783D481"
+
+
+@pytest.mark.root
+def test_without_the_user_space_a_command_on_an_old_host_says_what_makes_it(sandbox: Sandbox) -> None:
+    host_of(sandbox, "ubuntu 20.04", "3.8.10")
+    status, output = sandbox.run("tools/userspace.sh", "exec", "true")
+    assert status == 1
+    assert "make setup" in output
+
+
+def test_command_runs_as_it_is_where_the_host_serves(sandbox: Sandbox) -> None:
+    host_of(sandbox, "debian 12", "3.11.2")
+    assert sandbox.run("tools/userspace.sh", "exec", "sh", "-c", "pwd; exit 3") == (3, f"{sandbox.path}\n")
+
+
+@pytest.fixture
+def old_host(sandbox: Sandbox) -> Sandbox:
+    """A host with a user space of busybox alone."""
+    busybox = Path("/bin/busybox")
+    if not busybox.exists():
+        pytest.skip("busybox-static is not installed: make setup")
+    host_of(sandbox, "ubuntu 20.04", "3.8.10")
+    root = sandbox.path / "userspace"
+    for directory in ("bin", "etc", "host", "var/lib", "var/log", "usr"):
+        (root / directory).mkdir(parents=True)
+    shutil.copy(busybox, root / "bin")
+    for name in ("cat", "env", "mount", "readlink", "sh", "sleep", "touch", "unshare"):
+        (root / "bin" / name).symlink_to("busybox")
+    (root / "etc/debian_version").write_text("12.0\n")
+    (root / "etc/resolv.conf").symlink_to("/host/etc/resolv.conf")
+    return sandbox
+
+
+NAMESPACES = "net", "pid", "ipc", "uts", "cgroup"
+
+
+@pytest.mark.root
+def test_user_space_has_the_hosts_process_network_and_checkout(old_host: Sandbox) -> None:
+    ask = "; ".join(f"readlink /proc/self/ns/{name}" for name in NAMESPACES)
+    process = old_host.start(
+        "tools/userspace.sh", "exec", "sh", "-c", f"{ask}; echo $$; pwd; cat pyproject.toml; exit 3"
+    )
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 3
+    expected = [str(Path("/proc/self/ns", name).readlink()) for name in NAMESPACES]
+    expected += [str(process.pid), str(old_host.path), *(ROOT / "pyproject.toml").read_text().splitlines()]
+    assert output.splitlines() == expected
+
+
+@pytest.mark.root
+def test_nothing_that_is_mounted_in_the_user_space_appears_on_the_host(old_host: Sandbox) -> None:
+    before = Path("/proc/self/mounts").read_text()
+    status, output = old_host.run(
+        "tools/userspace.sh", "exec", "sh", "-c", "mount -t tmpfs tmpfs /run && cat /proc/mounts"
+    )
+    assert status == 0
+    assert output != before
+    assert Path("/proc/self/mounts").read_text() == before
+
+
+@pytest.mark.root
+def test_user_namespaces_can_be_made_in_the_user_space(old_host: Sandbox) -> None:
+    assert old_host.run("tools/userspace.sh", "exec", "unshare", "-U", "true")[0] == 0
+
+
+@pytest.mark.root
+def test_user_space_sees_a_resolv_conf_that_was_replaced(old_host: Sandbox) -> None:
+    etc = old_host.path / "etc"
+    etc.mkdir()
+    (etc / "resolv.conf").write_text("before\n")
+    inside = "cat /etc/resolv.conf; touch asked; while ! test -e replaced; do sleep 0.02; done; cat /etc/resolv.conf"
+    script = f"mount --bind {etc} /etc && exec tools/userspace.sh exec sh -c '{inside}'"
+    process = old_host.start("unshare", "--mount", "sh", "-c", script)
+    wait_for((old_host.path / "asked").exists)
+    (etc / "resolv.conf.new").write_text("after\n")
+    (etc / "resolv.conf.new").rename(etc / "resolv.conf")
+    (old_host.path / "replaced").touch()
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert output == "before\nafter\n"
 
 
 # --- tools/run.sh ----------------------------------------------------------------------------------------------------

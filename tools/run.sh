@@ -17,7 +17,7 @@ status=0
 wait "$daemon" || status=$?
 if [[ -z $stopping ]]; then
     ((status == 2)) || echo "run: the daemon ended by itself ($status): what it enforced stays in place" \
-        "until .venv/bin/registry-enforcer remove" >&2
+        "until ${IN_USERSPACE:+tools/userspace.sh exec }.venv/bin/registry-enforcer remove" >&2
     exit "$status"
 fi
 # The wait above ended with the signal, not with the daemon, and so may the next ones.
