@@ -44,7 +44,6 @@ _ARRAY, _PERF_EVENT_ARRAY, _RINGBUF = 2, 4, 27
 _PER_CPU_TYPES = frozenset({5, 6, 10, 21})  # hash, array, LRU hash, cgroup storage
 
 _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280}  # asm/unistd.h
-ARCHITECTURES = tuple(_SYSCALL_NUMBERS)  # as uname(2) calls them; all little-endian, as bpf/build.h wants
 _BPFFS_MAGIC = 0xCAFE4A11  # BPF_FS_MAGIC, linux/magic.h
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _F_ALLOW_MULTI = 2

@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import platform
-import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,6 @@ from enforcer.without_bpf import MemoryState
 log = logging.getLogger("registry-enforcer")
 
 DEFAULT_BPFFS = Path("/sys/fs/bpf/registry-enforcer")
-OLDEST_KERNEL = (5, 4)
 HOUSEKEEPING_SECONDS = 1.0
 SAVE_SECONDS = 60.0
 
@@ -47,7 +44,8 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
     authority = open_authority(policy)
     loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
-        _check_kernel()
+        if (why_not := procfs.unsupported()) is not None:
+            raise UnsupportedHostError(f"{why_not}; boot another kernel")
         stack.enter_context(control.hold(options.run_dir))
         firewall = stack.enter_context(nft.Nft())
         features = _probe(firewall)
@@ -135,17 +133,6 @@ def _probe(firewall: nft.Nft) -> frozenset[ladder.Feature]:
             "load the module (modprobe nf_tables) or boot a kernel that has it"
         )
     return features
-
-
-def _check_kernel() -> None:
-    """UnsupportedHostError on what nobody has tried: the one place that asks for a version and not for a feature."""
-    release, machine = platform.release(), platform.machine()
-    version = tuple(int(part) for part in re.findall(r"\d+", release)[:2])
-    if version < OLDEST_KERNEL:
-        oldest = ".".join(map(str, OLDEST_KERNEL))
-        raise UnsupportedHostError(f"this is Linux {release}, and {oldest} is the oldest that can be enforced on")
-    if machine not in bpf.ARCHITECTURES:
-        raise UnsupportedHostError(f"this is a {machine}; enforcement runs on {', '.join(bpf.ARCHITECTURES)}")
 
 
 def _open_kernel(options: Options) -> bpf.KernelState | MemoryState:

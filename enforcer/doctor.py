@@ -13,11 +13,12 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from enforcer import bpf, ladder, netlink, nft, procfs, topology
+from enforcer.ladder import Feature
 
 _CLONE_NEWNET = 0x40000000
 
@@ -54,6 +55,8 @@ class Finding:
 def examine(bpffs: Path, cgroup: Path | None) -> list[Finding]:
     """Everything, in the order in which an operator would mend it."""
     findings = [Finding("kernel", State.OK, f"Linux {platform.release()} on {platform.machine()}")]
+    if (why_not := procfs.unsupported()) is not None:
+        return [replace(findings[0], state=State.MISSING, cost=why_not, remedy="boot another kernel")]
     wsl = procfs.is_wsl()
     if wsl:
         findings.append(
@@ -72,8 +75,9 @@ def examine(bpffs: Path, cgroup: Path | None) -> list[Finding]:
         return findings
     try:
         with nft.Nft() as firewall:
-            features, present = firewall.probe(), firewall.present()
-    except (ImportError, OSError) as error:
+            features = firewall.probe()
+            present = Feature.BASE in features and firewall.present()
+    except (ImportError, OSError, nft.NftError) as error:
         findings.append(
             Finding(
                 "nftables",

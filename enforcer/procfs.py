@@ -101,6 +101,23 @@ def is_own_address(address: IPv4Address) -> bool:
     return True
 
 
+OLDEST_KERNEL: Final = (5, 4)
+# As uname(2) calls them: little-endian, as bpf/build.h wants, and with a number of bpf(2) that bpf.py knows.
+ARCHITECTURES: Final = ("aarch64", "riscv64", "x86_64")
+
+
+def unsupported(release: str | None = None, machine: str | None = None) -> str | None:
+    """Why nobody has tried enforcement on this kernel; None if they have. All else is found by trying."""
+    release, machine = release or os.uname().release, machine or os.uname().machine
+    numbers = tuple(int(part) for part in re.findall(r"\d+", release)[:2])
+    if numbers < OLDEST_KERNEL:
+        oldest = ".".join(map(str, OLDEST_KERNEL))
+        return f"this is Linux {release}, and {oldest} is the oldest that can be enforced on"
+    if machine not in ARCHITECTURES:
+        return f"this is a {machine}, and enforcement runs on {', '.join(ARCHITECTURES)}"
+    return None
+
+
 # --- identity --------------------------------------------------------------------------------------------------------
 # What WSL's kernels are called, 5.10.102.1-microsoft-standard-WSL2 for one. /proc/version also names who built it and
 # where: a kernel that was built at Microsoft, as Azure's are, is not yet one of WSL.

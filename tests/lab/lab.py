@@ -90,6 +90,11 @@ def missing_tools() -> list[str]:
     return [tool for tool in _TOOLS if shutil.which(tool, path=_PATH) is None]
 
 
+def _in_guest() -> bool:
+    """Whether the enforced host is the initial network namespace."""
+    return os.environ.get("LAB_HOST") == "initial"
+
+
 class Agent:
     """A process inside a namespace that does single operations on request: see agent.py."""
 
@@ -193,7 +198,7 @@ class Lab:
             (self.directory / part).mkdir()
         command("mount", "-t", "bpf", "bpf", str(self.bpffs))
         for namespace in ("net", "host", "ct", "two"):
-            if namespace == "host" and os.environ.get("LAB_HOST") == "initial":
+            if namespace == "host" and _in_guest():
                 command("ip", "netns", "attach", self.namespace(namespace), "1")
             else:
                 command("ip", "netns", "add", self.namespace(namespace))
@@ -201,7 +206,8 @@ class Lab:
         self._holder = self._hold_mounts()
         self.net = self.agent("net")
         self.host = self.agent("host")
-        self.engine = self.agent("host", comm="skopeo")
+        # In guests by its cgroup as well: before 5.7 the kernel tells no program names.
+        self.engine = self.agent("host", comm="skopeo", leaf="podman.service" if _in_guest() else "leaf")
         self.ct = self.agent("ct")
 
     def namespace(self, short: str) -> str:
@@ -248,12 +254,18 @@ class Lab:
 
     def _hold_mounts(self) -> int:
         """A mount namespace of its own for the hosts: private /etc and /run, and /sys of the "host" namespace."""
-        script = f"""set -e
+        # The initial namespace's sysfs is there already, and is not mounted a second time.
+        own_sysfs = (
+            ""
+            if _in_guest()
+            else f"""
             mkdir -p {self.directory}/cgroups
             mount --rbind /sys/fs/cgroup {self.directory}/cgroups
             mount -t sysfs sysfs /sys
             mount --rbind {self.directory}/cgroups /sys/fs/cgroup
-            umount -l {self.directory}/cgroups
+            umount -l {self.directory}/cgroups"""
+        )
+        script = f"""set -e{own_sysfs}
             mount -t tmpfs tmpfs /run
             mkdir /run/lock /run/etc-upper /run/etc-work
             mount -t overlay -o lowerdir=/etc,upperdir=/run/etc-upper,workdir=/run/etc-work overlay /etc
@@ -270,13 +282,14 @@ class Lab:
         return holder.pid
 
     # --- processes ---
-    def wrap(self, where: str, argv: Sequence[str], *, mounts: bool = True) -> list[str]:
+    def wrap(self, where: str, argv: Sequence[str], *, mounts: bool = True, leaf: str = "leaf") -> list[str]:
         """`argv` inside a namespace and its cgroup. Mounts: those of the hosts, for every namespace but "net"."""
-        leaf = {"net": "net", "two": "two/leaf"}.get(where, "host/leaf")
+        cgroup = self.cgroup / {"net": "net", "two": "two/leaf"}.get(where, f"host/{leaf}")
+        cgroup.mkdir(parents=True, exist_ok=True)
         enter = ["nsenter", f"--net={self._netns(where)}"]
         if mounts and where != "net":
             enter.append(f"--mount=/proc/{self._holder}/ns/mnt")
-        join = f'echo $$ > {self.cgroup / leaf}/cgroup.procs && exec "$@"'
+        join = f'echo $$ > {cgroup}/cgroup.procs && exec "$@"'
         return ["sh", "-c", join, "sh", *enter, "--", *argv]
 
     @property
@@ -312,12 +325,15 @@ class Lab:
                 return subprocess.CompletedProcess(list(argv), 124, output, "")
         return subprocess.CompletedProcess(list(argv), started.returncode, output, "")
 
-    def agent(self, where: str, *, comm: str = "", inside: Sequence[str] = (), **environment: str) -> Agent:
+    def agent(
+        self, where: str, *, comm: str = "", inside: Sequence[str] = (), leaf: str = "leaf", **environment: str
+    ) -> Agent:
         """A new agent in a namespace, started by the command `inside`; the kernel takes it for the program `comm`."""
         log = self.directory / "logs" / f"agent-{where}-{len(self._agents)}"
         with log.open("wb") as errors:
+            serve = [sys.executable, "-I", str(Path(__file__).with_name("agent.py")), comm]
             process = subprocess.Popen(
-                self.wrap(where, [*inside, sys.executable, "-I", str(Path(__file__).with_name("agent.py")), comm]),
+                self.wrap(where, [*inside, *serve], leaf=leaf),
                 env=self.environment | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                 start_new_session=True,
             )  # fmt: skip

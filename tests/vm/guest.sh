@@ -14,9 +14,7 @@ mount -t bpf bpf /sys/fs/bpf
 hostname vm
 ip link set lo up
 
-# The one place where the guest is set up beyond its image.
-set_up() { :; }
-
-cd /checkout && set_up && .venv/bin/python -m tests.vm.guest /dev/ttyS1
+# What a box of vagrant/ runs, but for the set-up: the image is it.
+/checkout/vagrant/provision.sh --no-setup -- .venv/bin/python -m tests.vm.guest /dev/ttyS1
 sync
 exec busybox reboot -f # qemu ends here: -no-reboot
