@@ -248,12 +248,18 @@ class Lab:
 
     def _hold_mounts(self) -> int:
         """A mount namespace of its own for the hosts: private /etc and /run, and /sys of the "host" namespace."""
-        script = f"""set -e
+        # The initial namespace's sysfs is there already, and is not mounted a second time.
+        own_sysfs = (
+            ""
+            if os.environ.get("LAB_HOST") == "initial"
+            else f"""
             mkdir -p {self.directory}/cgroups
             mount --rbind /sys/fs/cgroup {self.directory}/cgroups
             mount -t sysfs sysfs /sys
             mount --rbind {self.directory}/cgroups /sys/fs/cgroup
-            umount -l {self.directory}/cgroups
+            umount -l {self.directory}/cgroups"""
+        )
+        script = f"""set -e{own_sysfs}
             mount -t tmpfs tmpfs /run
             mkdir /run/lock /run/etc-upper /run/etc-work
             mount -t overlay -o lowerdir=/etc,upperdir=/run/etc-upper,workdir=/run/etc-work overlay /etc

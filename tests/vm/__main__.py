@@ -16,6 +16,8 @@ from tests.vm.kernels import KERNELS, Kernel
 from tests.vm.run import layers, run, unable
 from tests.vm.verdict import Verdict, judge
 
+# On the terminal; all of them are in the report.
+_SURPRISES, _SHOWN = 8, 400
 _REPORT = ROOT / "build" / "kernels.json"
 
 
@@ -26,7 +28,10 @@ def _verdict(kernel: Kernel, base: Path, checkout: Path) -> Verdict:
     except FetchError as error:
         verdict, console = judge(kernel, (), ended=True, seconds=0.0), ""
         verdict = dataclasses.replace(verdict, surprises=(f"not fetched: {error}",))
-    lines = [verdict.row(), *(f"    {surprise}" for surprise in verdict.surprises)]
+    lines = [
+        verdict.row(),
+        *(f"    {' '.join(surprise.split())[-_SHOWN:]}" for surprise in verdict.surprises[:_SURPRISES]),
+    ]
     lines += [f"    {verdict.note}"] if verdict.note else []
     lines += [f"    | {line}" for line in console.splitlines()[-20:]] if verdict.surprises else []
     print("\n".join(lines), flush=True)

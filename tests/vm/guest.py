@@ -108,7 +108,8 @@ def libbpf(_report: Report) -> Facts:
 
 
 def bcc(_report: Report) -> Facts:
-    """Every program by bcc, compiled here."""
+    """Every program by bcc, compiled here; emulated, that takes longer than the loader's own deadline allows."""
+    bpf._LOAD_DEADLINE_SECONDS = 240
     return _load(bpf.Loader.BCC)
 
 
