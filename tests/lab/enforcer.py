@@ -119,6 +119,11 @@ class Enforcer:
         return self._daemon is not None and self._daemon.poll() is None
 
     @property
+    def killed(self) -> bool:
+        """Whether the last daemon was killed, so that what it told the kernel is still there."""
+        return self._daemon is not None and self._daemon.poll() == -signal.SIGKILL
+
+    @property
     def log(self) -> str:
         """What the daemon that runs (or ran last) has said."""
         return self._lab.log(self._log_name) if self._log_name else ""

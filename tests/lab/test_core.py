@@ -84,26 +84,32 @@ def test_reload_adds_and_takes_away_a_registry(enforcer: Enforcer, lab: Lab, who
     assert_refused(client(lab, who).connect("later.allowed.test"))
 
 
+@pytest.fixture
+def killed(any_enforcer: Enforcer) -> Enforcer:
+    """The enforcer, killed while it enforced the lab's policy."""
+    if not any_enforcer.killed:
+        any_enforcer.ensure(policy())
+        any_enforcer.stop(signal.SIGKILL)
+    return any_enforcer
+
+
 @pytest.mark.parametrize("who", WHO)
-def test_killed_daemon_leaves_learning_and_refusing(enforcer: Enforcer, lab: Lab, fresh: FreshNames, who: str) -> None:
-    if enforcer.running:
-        enforcer.stop(signal.SIGKILL)
+def test_killed_daemon_leaves_learning_and_refusing(killed: Enforcer, lab: Lab, fresh: FreshNames, who: str) -> None:
     assert connected_at_once(client(lab, who), fresh.take(4))
     assert_refused(client(lab, who).attempt(EVIL_ADDRESS))
 
 
-def test_successor_of_a_killed_daemon_takes_over_without_a_gap(enforcer: Enforcer, lab: Lab, fresh: FreshNames) -> None:
+def test_successor_of_a_killed_daemon_takes_over_without_a_gap(killed: Enforcer, lab: Lab, fresh: FreshNames) -> None:
     assert_reached(lab.ct.connect("registry.allowed.test"))
-    enforcer.stop(signal.SIGKILL)
     learned_meanwhile = lab.ct.call("resolve", name=fresh.take(1)[0], family=4)[0]
 
     probers = {"reached": (lab.agent("ct"), ALLOWED_ADDRESS), "refused": (lab.agent("ct"), EVIL_ADDRESS)}
     for prober, address in probers.values():
         prober.call("probe_start", key="p", address=address, port=443)
-    enforcer.start(policy())
+    killed.start(policy())
     for expected, (prober, _) in probers.items():
         assert set(prober.call("probe_stop", key="p")["verdicts"]) == {expected}
-    poll("adoption", lambda: (learned_meanwhile, 443) in enforcer.permitted())
+    poll("adoption", lambda: (learned_meanwhile, 443) in killed.permitted())
     assert_refused(lab.ct.attempt(EVIL_ADDRESS))
 
 

@@ -42,7 +42,6 @@ _END_TO_END = (
     "test_address_of_the_policy_needs_no_answer",
     "test_udp_is_refused_so_that_quic_falls_back",
     "test_mark_that_a_client_sets_itself_is_no_permission",
-    "test_every_learned_address_reaches_the_set_and_status",
     "test_what_bpf_learns_beyond_the_policy_is_withdrawn",
     "test_forged_answer_teaches_nothing",
     "test_the_awaited_answer_teaches_once",

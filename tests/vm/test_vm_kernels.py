@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from tests import dns_vectors
 from tests.vm.kernels import KERNELS, Debian, Expected, Kernel
 from tests.vm.run import layers, run, unable
-from tests.vm.verdict import judge, steps_of
+from tests.vm.verdict import Verdict, judge, steps_of
 
 OLD = Kernel(
     name="old",
@@ -25,22 +24,26 @@ OLD = Kernel(
 )
 
 
+IN_CI = [kernel for kernel in KERNELS if kernel.in_ci]
+
+
 @pytest.fixture(scope="session")
-def vm_layers() -> Iterator[tuple[Path, Path]]:
-    """What every guest is made of."""
+def outcomes() -> dict[str, tuple[Verdict, str]]:
+    """Of all of them, beside each other: an emulated guest keeps hardly more than one processor busy."""
     if why_not := unable():
         pytest.skip(why_not)
-    with layers() as made:
-        yield made
+    with layers() as made, ThreadPoolExecutor(len(IN_CI)) as pool:
+        done = pool.map(lambda kernel: run(kernel, *made), IN_CI)
+        return dict(zip((kernel.name for kernel in IN_CI), done, strict=True))
 
 
 @pytest.mark.root
 @pytest.mark.vm
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel.in_ci], ids=lambda kernel: kernel.name)
-def test_kernel_does_what_is_expected_of_it(vm_layers: tuple[Path, Path], kernel: Kernel) -> None:
-    verdict, console = run(kernel, *vm_layers)
+@pytest.mark.parametrize("name", [kernel.name for kernel in IN_CI])
+def test_kernel_does_what_is_expected_of_it(outcomes: dict[str, tuple[Verdict, str]], name: str) -> None:
+    verdict, console = outcomes[name]
     print(console)
     print(verdict.row())
     assert verdict.surprises == ()
