@@ -534,16 +534,16 @@ def remove_other_generations(report: LoadReport) -> list[Path]:
     return _remove_generations(report.generation.parent, keep=report.generation)
 
 
-def remove(bpffs: Path, cgroup: Path) -> list[Path]:
-    """Detaches everything from `cgroup`, unlinks every pin below `bpffs` and the directory; the pins that went.
+def remove(bpffs: Path, cgroup: Path | None) -> list[Path]:
+    """Detaches everything from `cgroup` (None: nothing is attached to any), unlinks every pin below `bpffs` and the directory; the pins that went.
 
     tc filters hold programs of their own: they stay until they are deleted.
     """
     removed = []
-    if any(bpffs.glob(f"generation-*/programs/{_STAMP}*")):
+    if cgroup is not None and any(bpffs.glob(f"generation-*/programs/{_STAMP}*")):
         _remove_stamps(cgroup)
     for directory in bpffs / "links", bpffs / "attached":
-        if directory.is_dir():
+        if directory.is_dir() and cgroup is not None:
             for path in sorted(directory.iterdir()):
                 detach_cgroup(path.name, cgroup, bpffs)
                 removed.append(path)

@@ -220,7 +220,8 @@ def remove(run_dir: Path, bpffs: Path | None, cgroup: Path | None) -> list[str]:
     except (FileNotFoundError, ValueError):
         places = {}
     bpffs = bpffs or Path(places.get("bpffs") or DEFAULT_BPFFS)
-    cgroup = cgroup or Path(places.get("cgroup") or procfs.cgroup_root() or "/")
+    if cgroup is None:
+        cgroup = Path(places["cgroup"]) if places.get("cgroup") else procfs.cgroup_root()
     removed = []
     with control.hold(run_dir), nft.Nft() as firewall, netlink.Netlink() as links:
         # The table goes last: while anything is left, what has no permission is refused.

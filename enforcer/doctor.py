@@ -136,7 +136,7 @@ def _try_programs(bpffs: Path, findings: list[Finding], *, wsl: bool) -> tuple[f
         )
         return frozenset(), False
     finally:
-        bpf.remove(trial, Path("/"))  # nothing of it is attached to any cgroup
+        bpf.remove(trial, None)
     names = ", ".join(sorted(report.programs))
     findings.append(Finding("bpf", State.OK, f"{names} verified in {report.seconds:.2f} s"))
     for symbol, why in report.refused.items():

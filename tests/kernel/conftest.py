@@ -14,8 +14,6 @@ from enforcer import bpf
 from enforcer.bpf import Loader
 from tests.kernel.harness import Harness
 
-NO_CGROUP = Path("/none")
-
 
 @contextlib.contextmanager
 def loaded(build: str, directory: Path) -> Iterator[bpf.KernelState]:
@@ -32,7 +30,7 @@ def loaded(build: str, directory: Path) -> Iterator[bpf.KernelState]:
         with bpf.KernelState(report) as state:
             yield state
     finally:
-        bpf.remove(path, NO_CGROUP)
+        bpf.remove(path, None)
         subprocess.run(["umount", path], check=True)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from enforcer import bpf, procfs
-from enforcer.kernel_abi import COMM_BYTES, MARK_MASK, MARK_VOUCHED, MarkedScope
+from enforcer.kernel_abi import COMM_BYTES, MARK_MASK, MARK_VOUCHED, NETNS_ANY, MarkedScope
 from tests.kernel.harness import FOREIGN_MARK, HOOKS, Harness
 
 pytestmark = pytest.mark.root
@@ -264,6 +264,8 @@ def test_process_outside_the_hosts_pid_namespace_is_a_container(harness: Harness
 
 @pytest.mark.parametrize("operation", ["connect", "sendto"])
 def test_sockets_of_other_network_namespaces_are_left_alone(harness: Harness, process: Process, operation: str) -> None:
+    if process.netns_cookie == NETNS_ANY:
+        pytest.skip("nobody can ask for the cookie of a network namespace here (5.14): all count")
     harness.vouch(LEARNED[4], 443, 60)
     kind = "tcp" if operation == "connect" else "udp"
     forged = MARK_MASK | FOREIGN_MARK

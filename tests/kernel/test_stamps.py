@@ -63,7 +63,7 @@ def old_harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
             with harness.events_reader:
                 yield harness
     finally:
-        bpf.remove(path, Path("/none"))
+        bpf.remove(path, None)
         subprocess.run(["umount", path], check=True)
 
 

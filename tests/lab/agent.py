@@ -23,7 +23,7 @@ from typing import Any
 
 Reply = dict[str, Any]
 
-_REFUSED = {errno.ECONNREFUSED, errno.ECONNRESET}
+_REFUSED = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EPERM}  # EPERM: by connect(2) itself
 _A, _AAAA = 1, 28
 
 

@@ -69,12 +69,12 @@ RUNGS = {
     "no cgroup hooks": Rung(f"REFUSED = '{BEFORE_5_8},stamp,sock_ops'{REFUSE}", waits=("local",)),
     "no tc": Rung(NO_TC, waits=BOTH),
     "no BPF": Rung(without_rights=True, waits=BOTH),
-    "bare": Rung(BARE, local="error"),
+    "bare": Rung(BARE),
     "bare, before 5.8": Rung(f"{BARE}REFUSED = {BEFORE_5_8!r}{REFUSE}", local="timed out"),
     "bare, no BPF": Rung(
         f"{BARE}bpf.forbidden = lambda: 'forbidden'\n", local="timed out", forwarded="timed out", waits=BOTH, counts=()
     ),
-    "barest": Rung(BAREST, local="error", revokes=False),
+    "barest": Rung(BAREST, revokes=False),
     "the smallest 5.4": Rung(
         f"{BAREST}{NO_TC}REFUSED = {BEFORE_5_8!r}{REFUSE}",
         local="timed out",

@@ -120,7 +120,7 @@ def _load(loader: bpf.Loader) -> Facts:
         with bpf.KernelState(report) as state:
             programs = {name: program.verified_instructions for name, program in state.programs.items()}
     finally:
-        bpf.remove(bpffs, Path("/none"))
+        bpf.remove(bpffs, None)
     return {
         "programs": programs,
         "symbols": dict(report.programs),
