@@ -535,7 +535,9 @@ def remove_other_generations(report: LoadReport) -> list[Path]:
 
 
 def remove(bpffs: Path, cgroup: Path | None) -> list[Path]:
-    """Detaches everything from `cgroup` (None: nothing is attached to any), unlinks every pin below `bpffs` and the directory; the pins that went.
+    """Detaches everything from `cgroup`, unlinks every pin below `bpffs` and the directory; the pins that went.
+
+    `cgroup` None: nothing is attached to any.
 
     tc filters hold programs of their own: they stay until they are deleted.
     """
