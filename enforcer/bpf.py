@@ -22,6 +22,7 @@ import itertools
 import json
 import mmap
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -464,6 +465,7 @@ def forbidden() -> str | None:
 
     Tried with the smallest program of the type that learns. Raises BpfError on an architecture that is not known.
     """
+    raise_memlock()
     instructions = bytearray.fromhex("b7000000000000009500000000000000")  # r0 = 0; exit
     licence = bytearray(b"GPL\0")
     attributes = packed("IIQQIIQII", ProgramType.SCHED_CLS, 2, address(instructions), address(licence), 0, 0, 0, 0, 0)
@@ -476,6 +478,12 @@ def forbidden() -> str | None:
             return "BPF programs may not be loaded" + _advice(os.strerror(errno.EPERM))
         raise BpfError(f"the smallest BPF program is refused: {error.strerror}") from error
     return None
+
+
+def raise_memlock() -> None:
+    """Before 5.11 maps and programs count as locked memory; where the limit cannot be raised, loading says so."""
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def _digest(loader: Loader, inputs: list[Path]) -> str:

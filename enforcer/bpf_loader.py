@@ -12,12 +12,10 @@ for its parent to remove.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import mmap
 import os
-import resource
 import signal
 import sys
 import sysconfig
@@ -299,9 +297,7 @@ def main(arguments: list[str]) -> int:
     """Exit status."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody would rename or remove what an orphan pins
     loader, into, *inputs = arguments
-    # Before 5.11 maps count as locked memory; bcc and libbpf raise the limit too, but quietly.
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    bpf.raise_memlock()
     try:
         load_and_pin(bpf.Loader(loader), Path(into), [Path(text) for text in inputs])
     except (bpf.BpfError, OSError) as error:

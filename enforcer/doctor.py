@@ -139,6 +139,8 @@ def _try_programs(bpffs: Path, findings: list[Finding], *, wsl: bool) -> tuple[f
         bpf.remove(trial, None)
     names = ", ".join(sorted(report.programs))
     findings.append(Finding("bpf", State.OK, f"{names} verified in {report.seconds:.2f} s"))
+    if takes_filters:
+        findings.append(Finding("tc", State.OK, "takes programs at ingress and egress"))
     for symbol, why in report.refused.items():
         if symbol not in report.programs and symbol.removesuffix("_pidns") not in report.programs:
             findings.append(Finding(f"bpf {symbol}", State.NOTE, f"refused: {why}"))

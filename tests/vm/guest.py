@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,25 @@ def refused(_report: Report) -> Facts:
     return {"said": done.stderr.strip()}
 
 
-def _registry_enforcer(*arguments: str) -> subprocess.CompletedProcess[str]:
+def memlock(_report: Report) -> Facts:
+    """What `run` says where maps count as locked memory, and the limit on it cannot be raised."""
+    limited = [
+        "prlimit",
+        "--memlock=65536:65536",
+        "setpriv",
+        "--bounding-set=-sys_resource",
+        "--inh-caps=-sys_resource",
+    ]
+    done = _registry_enforcer("run", before=limited)
+    assert done.returncode == 2, f"exit code {done.returncode}: {done.stdout}{done.stderr}"
+    assert "LimitMEMLOCK=infinity" in done.stderr, done.stderr
+    return {"said": done.stderr.strip()}
+
+
+def _registry_enforcer(*arguments: str, before: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Ended by SIGABRT at the deadline, so that Python says where it stood."""
     with subprocess.Popen(
-        [COMMAND, *arguments], env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+        [*before, COMMAND, *arguments], env=os.environ | {"PYTHONFAULTHANDLER": "1"},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         try:
@@ -190,7 +205,7 @@ class _Teller:
 
 
 STEPS: dict[str, Callable[[Report], Facts]] = {
-    step.__name__: step for step in (doctor, refused, libbpf, bcc, vectors, lab)
+    step.__name__: step for step in (doctor, refused, memlock, libbpf, bcc, vectors, lab)
 }
 
 

@@ -46,6 +46,7 @@ def steps_of(kernel: Kernel) -> tuple[str, ...]:
     """What the guest is to do."""
     wanted = {
         "doctor": True,
+        "memlock": kernel.expected.memlock,
         "libbpf": True,
         "bcc": kernel.in_ci,  # compiling takes long; what it compiles is the same everywhere
         "vectors": True,
