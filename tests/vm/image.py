@@ -18,6 +18,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _PYTEST = ("hypothesis", "pytest", "pytest-timeout")  # of the dev dependencies
 _LEFT_OUT = ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/cache", "var/lib/apt/lists")
 # What mounting the layers takes; the rest is loaded when it is asked for, as on any host.
 _BOOT_MODULES = ("virtio_pci", "virtio_blk", "squashfs", "overlay")
+_UNUSED_SECONDS = 7 * 86_400
 # Every squashfs of every kernel here reads lz4, and it is the fastest to make and to read.
 _SQUASHFS = ("-comp", "lz4", "-noappend", "-quiet", "-no-progress", "-all-root")
 
@@ -71,7 +73,9 @@ def base() -> Path:
                 left_out = [word for name in _LEFT_OUT for word in ("-e", name)]
                 _run("mksquashfs", Path(directory, "root"), place, *_SQUASHFS, *left_out)
             for other in path.parent.glob("base-*.squashfs"):
-                other.unlink()
+                if time.time() - other.stat().st_mtime > _UNUSED_SECONDS:  # other checkouts may want another one
+                    other.unlink()
+    path.touch()
     return path
 
 

@@ -46,6 +46,7 @@ def boot(kernel: Boot, base: Path, checkout: Path, *, parameters: Sequence[str],
         started = time.monotonic()
         qemu = subprocess.Popen(
             [
+                "setpriv", "--pdeathsig", "KILL", # no guest outlives who started it
                 "qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot", "-net", "none",
                 "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", _MEMORY,
                 "-kernel", str(kernel.vmlinuz), "-initrd", str(kernel.initramfs), "-append", " ".join(command_line),
