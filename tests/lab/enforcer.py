@@ -17,7 +17,6 @@ from tests.lab.lab import Agent, Lab, poll
 
 COMMAND = str(Path(sys.prefix) / "bin" / "registry-enforcer")
 METRICS_PORT = 9742
-_READY_SECONDS = 120  # an emulated machine takes twenty to load the programs
 
 _HEAD = """\
 organization = "Lab"
@@ -141,7 +140,7 @@ class Enforcer:
              "--metrics", f"127.0.0.1:{METRICS_PORT}", "--loader", loader],
             self._log_name,
         )  # fmt: skip
-        poll("the enforcer's ready line", lambda: self._ready_line() or daemon.poll() is not None, _READY_SECONDS)
+        poll("the enforcer's ready line", lambda: self._ready_line() or daemon.poll() is not None)
         if not self._ready_line():
             raise RuntimeError(f"the enforcer ended with {daemon.returncode}:\n{self.log[-3000:]}")
         return self._ready_line()
