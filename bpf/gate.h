@@ -30,7 +30,7 @@ INLINE int may_pass(struct packet *packet, struct learned_key *key)
  * below its engine's. */
 INLINE __u32 scope_of_current(struct settings *settings, int look_at_pidns)
 {
-	struct program_name program;
+	struct program_name program = {}; /* a key, and 6.1 writes nothing behind the NUL */
 	__u32 *known, scope = 0;
 	__u64 cgroup;
 	int level;
