@@ -246,8 +246,13 @@ class Netlink:
         return True
 
     def _filters(self, index: int, direction: Direction) -> list[_Filter]:
-        """Everybody's; empty without the interface or the qdisc."""
-        return self._dump(rtnl.RTM_GETTFILTER, _message(tcmsg(), index=index, parent=direction.value), _filter)
+        """Everybody's; empty without the interface or the qdisc, and where the kernel has no filters at all."""
+        try:
+            return self._dump(rtnl.RTM_GETTFILTER, _message(tcmsg(), index=index, parent=direction.value), _filter)
+        except NetlinkError as error:
+            if error.errno != errno.EOPNOTSUPP:  # CONFIG_NET_CLS
+                raise
+            return []
 
     def _remove(self, kind: int, message: Any) -> None:
         """Whoever was there first, what counts is that it is gone."""

@@ -597,3 +597,18 @@ def test_churn_of_two_hundred_veths_ends_with_every_one_covered(netlink: Netlink
     ]
     assert uncovered == []
     assert len(netlink.interfaces()) == 202
+
+
+@pytest.mark.parametrize(("number", "found"), [(errno.EOPNOTSUPP, False), (errno.EPERM, None)])
+def test_kernel_without_filters_takes_none_and_other_refusals_are_errors(
+    netlink: Netlink, monkeypatch: pytest.MonkeyPatch, number: int, found: bool | None
+) -> None:
+    def refuse(*_: object) -> list[object]:
+        raise NetlinkError(number, os.strerror(number))
+
+    monkeypatch.setattr(Netlink, "_exchange", refuse)
+    if found is None:
+        with pytest.raises(NetlinkError):
+            netlink.takes_filters(0)
+    else:
+        assert netlink.takes_filters(0) is found
