@@ -607,7 +607,7 @@ def test_kernel_without_filters_takes_none_and_other_refusals_are_errors(
         raise NetlinkError(number, os.strerror(number))
 
     monkeypatch.setattr(Netlink, "_exchange", refuse)
-    monkeypatch.setattr("enforcer.netlink._program_id", lambda fd: 1)
+    monkeypatch.setattr("enforcer.netlink._program_id", lambda _: 1)
     if found is None:
         with pytest.raises(NetlinkError):
             netlink.takes_filters(0)
