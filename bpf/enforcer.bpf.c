@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
  * The kernel's half of registry-enforcer: learn from DNS answers, vouch for connections, stamp whose socket it is.
- * It permits, and nftables refuses; where nftables can only drop, it says no as well. A parse failure means no
- *permission.
+ * It permits, and nftables refuses; where nftables can only drop, it says no as well. A parse failure permits nothing.
  *
  *	learn		tc ingress of uplinks and lo
  *	track_query	tc egress of uplinks and lo
  *	gate		tc ingress of every other interface, ports of internal bridges among them
  *	connect4 ...	cgroup hooks; _pidns: where bpf_get_ns_current_pid_tgid is allowed in them (6.10)
  *	sock_create	cgroup hook: the scope of raw sockets and of first UDP packets
- *	stamp_...	cgroup hook, and sock_ops: in place of the hooks above where those may not set a mark
- *(before 5.8)
+ *	stamp_...	cgroup hook, and sock_ops: in place of those hooks where they may not mark (before 5.8)
  *
  * Each loads alone: where a kernel refuses one, the others still serve.
  */

@@ -101,7 +101,7 @@ INLINE int exchange_16(struct __sk_buff *skb, __u32 one, __u32 other)
 
 /* Turns a SYN round into the reset that answers it (RFC 9293, section 3.10.7.1) and sends it back where it came from.
  * Only the sequence numbers and the flags change the checksum, which may be left to a device: the helper knows. On a
- * device without Ethernet header, or if anything fails, nftables has the packet. */
+ * device without Ethernet header nftables has the packet; half turned round it is dropped. */
 INLINE int answer_with_reset(struct __sk_buff *skb, struct packet *packet)
 {
 	__u32 transport = ETH_HLEN + packet->payload - (packet->transport[12] >> 4) * 4;

@@ -48,7 +48,7 @@ INLINE void vouch_for_connection(struct bpf_sock_ops *context, struct settings *
 	if (is_learned(&key)) {
 		mark |= settings->mark_vouched;
 	} else if (context->op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
-		/* Its answer may be on its way: look again when the SYN is sent again. Without sets nothing else would.
+		/* Its answer may be on its way: look again when the SYN comes again. Nothing else would without sets.
 		 */
 		bpf_sock_ops_cb_flags_set(context, BPF_SOCK_OPS_RTO_CB_FLAG);
 		if (settings->judging) /* to count: no answer is heeded here */

@@ -148,9 +148,14 @@ class Capabilities:
         marked = set()
         if self.traffic_control and "gate" in self.programs:
             marked.add(Origin.FORWARDED)
-        if self.stamps_connections or self.stamps_sockets:
+        if self.stamps:
             marked.add(Origin.LOCAL)
         return frozenset(marked)
+
+    @property
+    def stamps(self) -> bool:
+        """Whether BPF stamps scopes, in either way."""
+        return self.stamps_connections or self.stamps_sockets
 
     @property
     def stamps_connections(self) -> bool:
@@ -165,8 +170,7 @@ class Capabilities:
     @property
     def scopes_in_nft(self) -> bool:
         """Whether nftables tells scopes by the cgroup of a packet's socket, since BPF does not."""
-        in_bpf = self.stamps_connections or self.stamps_sockets
-        return not in_bpf and self.cgroup and self.unified and Feature.SOCKET in self.features
+        return not self.stamps and self.cgroup and self.unified and Feature.SOCKET in self.features
 
     @property
     def looks_twice(self) -> frozenset[Origin]:
@@ -194,9 +198,8 @@ class Capabilities:
 def shortfalls(capabilities: Capabilities) -> Iterator[Shortfall]:
     """What is missing, what that costs and what to do; nothing on a kernel that gives everything."""
     features = capabilities.features
-    scopes_elsewhere = capabilities.stamps_connections or capabilities.stamps_sockets
     for feature, cost in _COSTS.items():
-        if feature not in features and not (feature is Feature.SOCKET and scopes_elsewhere):
+        if feature not in features and not (feature is Feature.SOCKET and capabilities.stamps):
             yield Shortfall(
                 f"nftables {feature.name.lower()}",
                 "the kernel refuses it",
