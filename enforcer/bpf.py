@@ -381,7 +381,10 @@ def ensure_bpffs(path: Path) -> bool:
                 f"({os.strerror(ctypes.get_errno())}); as root run: mount -t bpf bpf {mount_point}"
             )
         mounted = True
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BpfError(f"{path} cannot be made ({error.strerror}); as root run: mkdir -p {path}") from None
     return mounted
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -23,7 +24,9 @@ from enforcer import (
     advice,
     audit_record,
     auditing,
+    baseline,
     bpf,
+    completion,
     control,
     daemon,
     doctor,
@@ -43,6 +46,7 @@ DEFAULT_RUN_DIR = Path("/run/registry-enforcer")
 DEFAULT_STATE_DIR = Path("/var/lib/registry-enforcer")
 DEFAULT_METRICS = "127.0.0.1:9742"
 FOLLOW_SECONDS = 0.5
+RELOAD_DEADLINE_SECONDS = 60.0  # ten thousand names take two
 
 
 class UsageError(Exception):
@@ -155,6 +159,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise UsageError("run changes the kernel's rules and needs root; start it with sudo")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    faulthandler.enable()  # a watchdog ends a daemon that hangs by SIGABRT: then the log says where it hung
     started = time.monotonic()
 
     def announce(enforced: policy.Policy, details: str) -> None:
@@ -171,6 +176,26 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     asyncio.run(daemon.run(options, lambda: _read_policy(arguments.policy), announce))
     return EXIT_OK
+
+
+def _baseline(arguments: argparse.Namespace) -> int:
+    if os.geteuid() != 0:
+        raise UsageError("baseline changes the kernel's rules and needs root; start it with sudo")
+    try:
+        print(baseline.lay(arguments.run_dir, lambda: _read_policy(arguments.policy)))
+    except policy.PolicyError:
+        _complain("the policy cannot be used, so every connection to a registry port is refused until it can be:")
+        raise
+    return EXIT_OK
+
+
+def _reload(arguments: argparse.Namespace) -> int:
+    problem = control.request(arguments.run_dir, {"command": "reload"}, RELOAD_DEADLINE_SECONDS)["problem"]
+    if problem is None:
+        return EXIT_OK
+    print(problem, file=sys.stderr)  # FILE:LINE: first
+    _complain("the policy in force stays")
+    return EXIT_BAD_INPUT
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -336,6 +361,35 @@ def _remove_arguments(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=completion.SHELLS, help="for whom")
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    print(completion.render(arguments.shell, _completable()), end="")
+    return EXIT_OK
+
+
+def _completable() -> list[completion.Command]:
+    """What can be typed, read from the parsers themselves."""
+    found = []
+    for command in COMMANDS:
+        parser = _fill(argparse.ArgumentParser(prog=command.name), command)
+        arguments = [
+            completion.Argument(
+                str(action.metavar or action.dest),
+                tuple(action.option_strings),
+                (action.help or "").partition(";")[0],
+                choices=tuple(map(str, action.choices or ())),
+                takes_value=action.nargs != 0,
+                is_file=action.type is Path,
+            )
+            for action in parser._actions
+        ]
+        found.append(completion.Command(command.name, command.summary, tuple(arguments)))
+    return found
+
+
 COMMANDS = (
     Command(
         "check",
@@ -350,6 +404,20 @@ COMMANDS = (
         "registry-enforcer run --policy ./policy.toml",
         _run_arguments,
         _run,
+    ),
+    Command(
+        "reload",
+        "have the running daemon read its policy again, and wait until it is in force",
+        "registry-enforcer reload",
+        lambda _: None,
+        _reload,
+    ),
+    Command(
+        "baseline",
+        "refuse what the policy does not list by address, until a daemon takes over; for early boot",
+        "registry-enforcer baseline",
+        _add_policy,
+        _baseline,
     ),
     Command(
         "status",
@@ -393,7 +461,22 @@ COMMANDS = (
         _remove_arguments,
         _remove,
     ),
+    Command(
+        "completion",
+        "print what completes these commands in a shell",
+        "registry-enforcer completion bash",
+        _completion_arguments,
+        _completion,
+    ),
 )
+
+
+def _fill(parser: argparse.ArgumentParser, command: Command) -> argparse.ArgumentParser:
+    parser.add_argument(
+        "--run-dir", type=Path, default=DEFAULT_RUN_DIR, metavar="DIR", help=f"default: {DEFAULT_RUN_DIR}"
+    )
+    command.arguments(parser)
+    return parser
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -408,10 +491,7 @@ def _parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(
             command.name, help=command.summary, description=command.summary, epilog=f"Example: {command.example}"
         )
-        subparser.add_argument(
-            "--run-dir", type=Path, default=DEFAULT_RUN_DIR, metavar="DIR", help=f"default: {DEFAULT_RUN_DIR}"
-        )
-        command.arguments(subparser)
+        _fill(subparser, command)
         subparser.set_defaults(main=command.main)
     return parser
 

@@ -143,14 +143,17 @@ async def serve(run_dir: Path, handler: Handler) -> AsyncIterator[None]:
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # Whatever the asker does wrong is its own fault: it is told, and nobody else notices.
+        reply: Answer
         try:
+            try:
+                async with asyncio.timeout(REQUEST_DEADLINE_SECONDS):
+                    line = await reader.readuntil(b"\n")
+                message = json.loads(line)
+                reply = handler(message) if isinstance(message, dict) else {"error": "a request is a JSON object"}
+            except (ValueError, RecursionError, asyncio.LimitOverrunError, asyncio.IncompleteReadError) as error:
+                reply = {"error": str(error)}
+            # A deadline of its own: the handler may have taken longer, as a reload of many names does.
             async with asyncio.timeout(REQUEST_DEADLINE_SECONDS):
-                reply: Answer
-                try:
-                    message = json.loads(await reader.readuntil(b"\n"))
-                    reply = handler(message) if isinstance(message, dict) else {"error": "a request is a JSON object"}
-                except (ValueError, RecursionError, asyncio.LimitOverrunError, asyncio.IncompleteReadError) as error:
-                    reply = {"error": str(error)}
                 writer.write(json.dumps(reply).encode() + b"\n")
                 await writer.drain()
         except (TimeoutError, ConnectionError):
@@ -166,10 +169,10 @@ async def serve(run_dir: Path, handler: Handler) -> AsyncIterator[None]:
         path.unlink(missing_ok=True)
 
 
-def request(run_dir: Path, message: Mapping[str, Any]) -> Answer:
+def request(run_dir: Path, message: Mapping[str, Any], deadline_seconds: float = REQUEST_DEADLINE_SECONDS) -> Answer:
     """Ask the daemon of `run_dir`; NotRunningError if there is none, RequestError if it refuses."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(REQUEST_DEADLINE_SECONDS)
+        client.settimeout(deadline_seconds)
         try:
             client.connect(str(run_dir / SOCKET_NAME))
             client.sendall(json.dumps(message).encode() + b"\n")
@@ -180,7 +183,7 @@ def request(run_dir: Path, message: Mapping[str, Any]) -> Answer:
         except PermissionError:
             raise RequestError(f"{run_dir / SOCKET_NAME}: permission denied; run this as root") from None
         except TimeoutError:
-            raise RequestError(f"the daemon did not answer within {REQUEST_DEADLINE_SECONDS:.0f} s") from None
+            raise RequestError(f"the daemon did not answer within {deadline_seconds:.0f} s") from None
     if not line:
         raise RequestError("the daemon closed the connection; see its log")
     reply: Answer = json.loads(line)

@@ -11,11 +11,24 @@ import contextlib
 import json
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from enforcer import bpf, control, ladder, metrics, netlink, nflog, nft, packet_socket, procfs, responder, ruleset
+from enforcer import (
+    bpf,
+    control,
+    ladder,
+    metrics,
+    netlink,
+    nflog,
+    nft,
+    notify,
+    packet_socket,
+    procfs,
+    responder,
+    ruleset,
+)
 from enforcer.audit import AuditLog
 from enforcer.enforcement import Enforcement, Options, ReadPolicy, open_authority
 from enforcer.policy import Policy
@@ -40,6 +53,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
 
     Raises PolicyError, AlreadyRunningError, MetricsError, BpfError or UnsupportedHostError before anything is attached.
     """
+    systemd = notify.Supervisor()
     policy = read_policy()
     authority = open_authority(policy)
     loop = asyncio.get_running_loop()
@@ -48,7 +62,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             raise UnsupportedHostError(f"{why_not}; boot another kernel")
         stack.enter_context(control.hold(options.run_dir))
         firewall = stack.enter_context(nft.Nft())
-        features = _probe(firewall)
+        features = probe(firewall)
         cgroup = options.cgroup or procfs.cgroup_root()
         kernel = _open_kernel(options)
         stack.callback(kernel.close)
@@ -100,10 +114,20 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             bpf.remove_other_generations(kernel.report)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _end, ended)
-        loop.add_signal_handler(signal.SIGHUP, enforcement.reload, read_policy)
 
-        async with control.serve(options.run_dir, enforcement.answer):
+        def reload() -> str | None:
+            systemd.reloading()
+            problem = enforcement.reload(read_policy)
+            systemd.ready(_in_force(enforcement.policy, problem))
+            return problem
+
+        def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+            return {"problem": reload()} if request.get("command") == "reload" else enforcement.answer(request)
+
+        loop.add_signal_handler(signal.SIGHUP, reload)
+        async with control.serve(options.run_dir, answer):
             announce(policy, f"metrics at http://{options.metrics[0]}:{options.metrics[1]}/metrics")
+            systemd.ready(_in_force(policy))
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(enforcement.keep_asking()),
@@ -112,14 +136,23 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
                     group.create_task(_every(HOUSEKEEPING_SECONDS, enforcement.housekeeping)),
                     group.create_task(_every(SAVE_SECONDS, enforcement.save)),
                 ]
+                if systemd.alive_every_seconds is not None:
+                    tasks.append(group.create_task(_every(systemd.alive_every_seconds, systemd.alive)))
                 await ended
+                systemd.stopping()
                 for task in tasks:
                     task.cancel()
         enforcement.save()
         log.info("stopped; what the kernel was told stays in force, `registry-enforcer remove` takes it out")
 
 
-def _probe(firewall: nft.Nft) -> frozenset[ladder.Feature]:
+def _in_force(policy: Policy, problem: str | None = None) -> str:
+    """The line that `systemctl status` shows."""
+    text = f"mode {policy.mode.value}, policy {policy.source} ({policy.digest[:12]})"
+    return text if problem is None else f"{text}; the last reload changed nothing: {problem}"
+
+
+def probe(firewall: nft.Nft) -> frozenset[ladder.Feature]:
     """What this kernel's nf_tables has; UnsupportedHostError where it cannot refuse anything."""
     try:
         features = firewall.probe()

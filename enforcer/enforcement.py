@@ -213,6 +213,7 @@ class Enforcement:
         self._interfaces = ""  # the text that told the table of them last
         self._unsaved = False  # the last attempt to write the state file failed
         self._lost_seen = 0
+        self._ways_out: frozenset[topology.Route] = frozenset()
         self._ranges: dict[bytes, bytes] = {}
         self._attached: dict[int, str] = {}  # interface index -> the program at its ingress
         self._unattachable: set[int] = set()  # interfaces that refused it, each logged once
@@ -574,6 +575,8 @@ class Enforcement:
     # --- own questions -----------------------------------------------------------------------------------------------
     async def ask_for_names(self) -> None:
         """Ask for every exact name of the policy, a few at a time and no faster than the lifetimes demand."""
+        if not self._teachers():
+            return  # why not is in the log; a way to one has them asked for (fit_interfaces)
         names = sorted({host.name for rule in self.policy.rules for host in rule.hosts if not host.wildcard})
         pause_seconds = min(RESOLVE_PAUSE_SECONDS, RESOLVE_PERIOD_SECONDS * RESOLVE_CONCURRENCY / (2 * len(names) + 1))
         remaining = iter(names)
@@ -670,9 +673,8 @@ class Enforcement:
         """Attach the programs where the interfaces, routes and resolvers of this moment want them."""
         routes = {address: self._links.route_to(address) for address in self.resolvers}
         before = self.plan
-        self.plan = topology.plan_attachments(
-            self._links.interfaces(), self._links.routes(), routes, wsl=procfs.is_wsl()
-        )
+        known_routes = self._links.routes()
+        self.plan = topology.plan_attachments(self._links.interfaces(), known_routes, routes, wsl=procfs.is_wsl())
         if changed & netlink.Change.TRAFFIC_CONTROL:
             self._attached.clear()  # somebody touched filters: look at each
         ranges = {
@@ -691,6 +693,10 @@ class Enforcement:
             self._ears.listen_on(self.plan.learn)
         if self._table_present:
             self._tell_interfaces()
+        ways_out = frozenset(route for route in known_routes if route.destination.prefixlen == 0)
+        if before is not None and (self.plan.learn - before.learn or ways_out - self._ways_out):
+            self.ask_again.set()  # at boot, nobody could be asked before, or who was asked could not say
+        self._ways_out = ways_out
         if before is None or before.unlearnable != self.plan.unlearnable:
             for address, why in self.plan.unlearnable:
                 log.warning("answers of the resolver %s cannot teach: %s", address, why)
@@ -791,8 +797,11 @@ class Enforcement:
                 name = f"stamp_{cgroup.scope.name.lower()}"
                 bpf.stamp_cgroup(self._kernel.programs[name], self._cgroup / cgroup.path)
 
-    def reload(self, read_policy: ReadPolicy) -> None:
-        """Enforce the policy as it is written now. A bad policy, or a kernel that refuses it, leaves the old one."""
+    def reload(self, read_policy: ReadPolicy) -> str | None:
+        """Enforce the policy as it is written now. A bad policy, or a kernel that refuses it, leaves the old one.
+
+        The value is what was wrong; None: it is in force.
+        """
         try:
             policy = read_policy()
             authority = open_authority(policy)
@@ -800,7 +809,7 @@ class Enforcement:
             self.metrics.reloads.labels("bad_policy").inc()
             log.error("%s: the policy in force stays", error)
             self.auditor.policy_changed(f"{error}: the policy in force stays")
-            return
+            return str(error)
         index = NameIndex(policy)
         before, after = name_map(self.policy), name_map(policy)
         names = self._kernel.maps["names"]
@@ -818,7 +827,7 @@ class Enforcement:
             self.metrics.reloads.labels("failed").inc()
             log.error("the kernel refused the new ruleset, the policy in force stays: %s", error)
             self.auditor.policy_changed("the kernel refused the new ruleset, the policy in force stays")
-            return
+            return f"the kernel refused the new ruleset: {error}"
         before_it, self.policy, self.index, self.learned = self.policy, policy, index, kept
         self._remember_revoked(changes)
         if revocation.narrows(before_it, policy):
@@ -834,6 +843,7 @@ class Enforcement:
         in_force = f"policy {policy.source} ({policy.digest[:12]}) is in force, mode {policy.mode.value}"
         log.info("%s", in_force)
         self.auditor.policy_changed(in_force)
+        return None
 
     async def _judge_connections_again(self, before: Policy) -> None:
         """Have the rules look at connections that `before` let through without a learned address."""
@@ -947,7 +957,7 @@ class Enforcement:
             case "log":
                 return self.auditor.answer_log(request)
             case other:
-                raise ValueError(f"unknown command {other!r}; this daemon knows status, explain and log")
+                raise ValueError(f"unknown command {other!r}; this daemon knows status, explain, log and reload")
 
     def status(self) -> dict[str, Any]:
         """Everything an operator asks first. Times are Unix seconds."""

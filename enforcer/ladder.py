@@ -126,6 +126,7 @@ class Capabilities:
     traffic_control: bool = True  # tc takes BPF filters
     cgroup: bool = True  # there is a cgroup v2 hierarchy to attach to
     unified: bool = True  # it is at /sys/fs/cgroup, where nft looks for it
+    learning: bool = True  # False: there is no daemon yet, and a second look would see no more than the first
 
     @property
     def enforceable(self) -> bool:
@@ -175,7 +176,9 @@ class Capabilities:
     @property
     def looks_twice(self) -> frozenset[Origin]:
         """Whose first packets are dropped once; where refusing is silence, that gives the second look by itself."""
-        if Feature.REJECT not in self.features or not self.features >= {Feature.TIMED_SETS, Feature.DYNAMIC_SETS}:
+        if not self.learning or Feature.REJECT not in self.features:
+            return frozenset()
+        if not self.features >= {Feature.TIMED_SETS, Feature.DYNAMIC_SETS}:
             return frozenset()
         return frozenset(Origin) - self.vouched
 

@@ -15,14 +15,15 @@ PACKAGE = Path(__file__).parent.parent / "enforcer"
 
 CORE = {
     *("kernel_abi", "toml_lines", "policy", "dns_answer", "learned", "ruleset", "advice", "topology", "attribution"),
-    *("denial", "audit_record", "revocation", "nfnetlink", "ladder", "overhearing"),
+    *("denial", "audit_record", "revocation", "nfnetlink", "ladder", "overhearing", "completion"),
 }
 SHELL = {
     *("bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver", "state"),
-    *("audit", "conntrack", "containers", "nflog", "responder", "authority", "packet_socket"),
+    *("audit", "conntrack", "containers", "nflog", "responder", "authority", "packet_socket", "notify"),
 }
 TOP = {
     "daemon",
+    "baseline",
     "enforcement",
     "auditing",
     "without_bpf",

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enforcer import baseline
 from enforcer.kernel_abi import MarkedScope, Protocol
 from enforcer.ladder import Capabilities, Feature
 from enforcer.policy import HostPattern, Level, Mode, Policy, Resolvers, Rule, RuleKind, Scope
@@ -87,6 +88,7 @@ RUNGS = {
     "without-bpf-hybrid": replace(FULL, programs=frozenset(), unified=False),
     "without-tc": replace(FULL, traffic_control=False),
     "without-cgroup": replace(FULL, cgroup=False),
+    "baseline": baseline.CAPABILITIES,  # before the daemon
     "bare-without-bpf": replace(without(*set(Feature) - SETS - {Feature.BASE}), programs=frozenset()),
 }
 RUNG_POLICY = replace(POLICIES["addresses"], ports=(443, 5000))
