@@ -14,7 +14,7 @@ BPF_FLAGS := -target bpf -mcpu=v2 -O2 -g -Wall -Werror
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 BPF_OBJECTS := build/enforcer.bpf.o build/enforcer-legacy.bpf.o
 
-.PHONY: help setup setup-run bpf run test kernels demo bench lint wheel fresh clean
+.PHONY: help setup setup-run setup-install bpf run install uninstall deb test kernels booted demo bench lint wheel fresh clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,14 +27,30 @@ setup-run:
 	@tools/setup.sh run
 	@$(MAKE) bpf
 
+setup-install:
+	@tools/setup.sh install
+	@$(MAKE) bpf
+
 run: setup-run ## enforce on this host until Ctrl-C, then take it out again; POLICY=file for another policy than the default
 	@$(HERE) tools/run.sh $(if $(POLICY),--policy "$(POLICY)")
+
+install: setup-install ## put the program, its units, man pages and completion below PREFIX (/usr/local), or DESTDIR and PREFIX
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" tools/install.sh install
+
+uninstall: ## take them away again; the policy and what was learned stay
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" tools/install.sh uninstall
+
+deb: setup-install ## a Debian package, in dist/
+	@VERSION="$(VERSION)" tools/deb.sh
 
 test: setup ## run every test and linter; PYTEST_ARGS="-k name" for some (root, or what needs it skips)
 	@$(HERE) .venv/bin/python -m pytest $(PYTEST_ARGS)
 
 kernels: setup ## boot every kernel that must hold under qemu and print a table; KERNELS="5.4 6.12" for some (root)
 	@$(HERE) .venv/bin/python -m tests.vm $(KERNELS)
+
+booted: setup ## install the Debian package on a Debian that systemd boots, and do to it what hosts go through (root)
+	@$(HERE) .venv/bin/python -m pytest tests/booted $(PYTEST_ARGS)
 
 demo: setup ## allowed and refused pulls with docker and podman, in namespaces of their own
 	@$(HERE) .venv/bin/python -m tests.lab.demo

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Set this checkout up: missing OS packages, .venv/ with the registry-enforcer command in it. Does nothing twice.
 #
-#   tools/setup.sh run    what enforcing on this host needs
-#   tools/setup.sh all    what the tests, the lab and the demo need besides
+#   tools/setup.sh run       what enforcing on this host needs
+#   tools/setup.sh install   and what the installed program finds in the system instead of .venv/
+#   tools/setup.sh all       what the tests, the lab and the demo need besides
 #
 # Packages are only added, but for busybox, which makes place for busybox-static: the same commands, for containers too.
 # No service is started or restarted by what is installed. Where the host's own Python and libbpf are too old, or its
@@ -24,8 +25,13 @@ run_packages=(
     python3-nftables
     python3-venv
 )
-test_packages=(
+installed_packages=(
     "${run_packages[@]}"
+    python3-cryptography
+    python3-idna
+)
+test_packages=(
+    "${installed_packages[@]}"
     buildah
     busybox-static
     clang-format
@@ -35,8 +41,11 @@ test_packages=(
     dnsmasq-base
     docker-registry
     "docker.io|docker-ce"
+    fish
     kmod
     knot
+    man-db
+    mandoc
     openssl
     passt
     podman
@@ -48,8 +57,10 @@ test_packages=(
     skopeo
     slirp4netns
     squashfs-tools
+    systemd-container
     uidmap
     unbound
+    zsh
     zstd
 )
 # Ubuntu 24.04 has none, and there the test of vagrant/ that wants it skips.
@@ -203,7 +214,7 @@ make_venv() {
     if [[ -f $stamp && $(<"$stamp") == "$key" ]] && venv_works "$@"; then
         return
     fi
-    [[ $mode == run ]] || project=".[dev]"
+    [[ $mode != all ]] || project=".[dev]"
     open_log
     say "making .venv and installing the Python packages of $project into it"
     # Not any other Python's: only the system's sees python3-nftables and python3-bpfcc. --clear would take away what a
@@ -230,11 +241,15 @@ case $mode in
         requirements=("${run_packages[@]}")
         imports=("${imports_of_run[@]}")
         ;;
+    install)
+        requirements=("${installed_packages[@]}")
+        imports=("${imports_of_run[@]}")
+        ;;
     all)
         requirements=("${test_packages[@]}")
         imports=("${imports_of_all[@]}")
         ;;
-    *) fail "usage: tools/setup.sh [run|all]" ;;
+    *) fail "usage: tools/setup.sh [run|install|all]" ;;
 esac
 if reason=$(tools/userspace.sh why); then
     (bring_userspace "$reason") # its traps end with it
