@@ -112,7 +112,7 @@ def _kept(name: str, digest: str, download: functools.partial[None]) -> Path:
 
 # --- Ubuntu ----------------------------------------------------------------------------------------------------------
 def _from_ubuntu(origin: Ubuntu, name: str, place: Path) -> None:
-    url = f"{_ubuntu_mirror()}/pool/main/l/{origin.pool}/{name}"
+    url = f"{ubuntu_mirror()}/pool/main/l/{origin.pool}/{name}"
     try:
         with urllib.request.urlopen(url, timeout=_DOWNLOAD_SECONDS) as response, place.open("wb") as file:  # noqa: S310
             shutil.copyfileobj(response, file)
@@ -120,7 +120,8 @@ def _from_ubuntu(origin: Ubuntu, name: str, place: Path) -> None:
         raise FetchError(f"{url}: {error}") from error
 
 
-def _ubuntu_mirror() -> str:
+def ubuntu_mirror() -> str:
+    """Ubuntu's mirror that debootstrap uses."""
     mirrors = re.findall(r"default_mirror (\S+)", _DEBOOTSTRAP_UBUNTU.read_text())
     return str(next(mirror for mirror in mirrors if "old" not in mirror and "ports" not in mirror))
 
