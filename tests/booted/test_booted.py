@@ -24,7 +24,7 @@ from tests.booted.guest import BASELINE, UNIT, Guest, World, poll
 from tests.lab.internet import ALLOWED_ADDRESS
 from tests.lab.lab import RESOLVER
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
 
 POLICY = "/etc/registry-enforcer/policy.toml"
 TEXT = """
