@@ -153,8 +153,10 @@ class Guest:
             self.power_off()
         finally:
             subprocess.run(["umount", self.root], check=True)
-        with contextlib.suppress(OSError):
-            self._cgroup.rmdir()
+        # On hybrid hosts systemd-nspawn makes the same in systemd's own hierarchy.
+        for top in (self._cgroup, Path("/sys/fs/cgroup/systemd") / self._name):
+            for path, _, _ in os.walk(top, topdown=False):
+                Path(path).rmdir()
 
     # --- power -------------------------------------------------------------------------------------------------------
     def boot(self) -> None:
