@@ -155,7 +155,7 @@ class Guest:
             subprocess.run(["umount", self.root], check=True)
         # On hybrid hosts systemd-nspawn makes the same in systemd's own hierarchy.
         for top in (self._cgroup, Path("/sys/fs/cgroup/systemd") / self._name):
-            for path, _, _ in os.walk(top, topdown=False):
+            for path, *_rest in os.walk(top, topdown=False):
                 Path(path).rmdir()
 
     # --- power -------------------------------------------------------------------------------------------------------
