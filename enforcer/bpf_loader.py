@@ -16,6 +16,7 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import signal
 import sys
 import sysconfig
@@ -29,7 +30,8 @@ from . import bpf, ladder
 
 _PR_SET_PDEATHSIG = 1
 _LOG_BYTES = 0xFFFFFF  # the most that kernels before 5.8 accept: UINT_MAX >> 8, kernel/bpf/verifier.c
-_VARIANT_SUFFIX = "_pidns"  # needs bpf_get_ns_current_pid_tgid, which these program types have since 6.10
+# What needs bpf_get_ns_current_pid_tgid in cgroup hooks, since 6.10, and bpf_get_netns_cookie in tc, since 6.15.
+_VARIANT = re.compile(r"_(?:pidns|netns)$")
 
 
 class RefusedError(Exception):
@@ -191,7 +193,7 @@ class BccUnit:
 
     def load(self, symbol: str) -> int:
         """See Unit."""
-        program_type, attach_type = _kind(symbol.removesuffix(_VARIANT_SUFFIX))
+        program_type, attach_type = _kind(_VARIANT.sub("", symbol))
         instructions = bytearray(self._module.dump_func(symbol.encode()))
         licence = bytearray(self._libbcc.bpf_module_license(self._module.module) + b"\0")
         log = mmap.mmap(-1, _LOG_BYTES)
@@ -264,8 +266,8 @@ def load_and_pin(loader: bpf.Loader, into: Path, inputs: list[Path]) -> None:
     # A variant before the plain program, which is not needed where the variant loads; last what replaces the connect
     # hooks where they do not.
     last = ladder.STAMPS | {"sock_ops"}
-    for symbol in sorted(unit.symbols, key=lambda symbol: (symbol in last, not symbol.endswith(_VARIANT_SUFFIX))):
-        name = symbol.removesuffix(_VARIANT_SUFFIX)
+    for symbol in sorted(unit.symbols, key=lambda symbol: (symbol in last, not _VARIANT.search(symbol))):
+        name = _VARIANT.sub("", symbol)
         if name in programs or (name in last and programs.keys() >= ladder.CONNECT_HOOKS):
             continue
         try:

@@ -24,8 +24,8 @@ from enforcer.policy import Address
 _GET = 1 << 8 | 1  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET
 _TUPLE_REPLY = 2
 _TUPLE_IP, _TUPLE_PROTOCOL = 1, 2
-_IPV4_SOURCE, _IPV6_SOURCE = 1, 3
-_PROTOCOL_NUMBER, _SOURCE_PORT = 1, 2
+_IPV4_SOURCE, _IPV4_DESTINATION, _IPV6_SOURCE, _IPV6_DESTINATION = 1, 2, 3, 4
+_PROTOCOL_NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _RECEIVE_BYTES = 65_536
 _TIMEOUT_SECONDS = 5
 
@@ -35,7 +35,12 @@ def tcp_destinations() -> set[tuple[Address, int]]:
 
     Blocks: some microseconds for each connection.
     """
-    found: set[tuple[bytes, bytes]] = set()
+    return {destination for _, destination in tcp_connections()}
+
+
+def tcp_connections() -> set[tuple[tuple[Address, int], tuple[Address, int]]]:
+    """(source, destination) of each of them as it leaves this host, after translation. Raises and blocks alike."""
+    found: set[tuple[bytes, bytes, bytes, bytes]] = set()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as kernel:
         kernel.settimeout(_TIMEOUT_SECONDS)
         kernel.send(request(_GET, DUMP))
@@ -44,12 +49,17 @@ def tcp_destinations() -> set[tuple[Address, int]]:
                 if kind in (ERROR, DONE):
                     if code := error_number(body):
                         raise OSError(code, os.strerror(code))
-                    return {(ip_address(address), int.from_bytes(port, "big")) for address, port in found}
-                # The answers come from where the packets really go.
+                    return {(_endpoint(*each[:2]), _endpoint(*each[2:])) for each in found}
+                # The answers come from where the packets really go, and go where they really come from.
                 reply = attributes(message_attributes(body).get(_TUPLE_REPLY, b""))
                 protocol = attributes(reply.get(_TUPLE_PROTOCOL, b""))
                 if protocol.get(_PROTOCOL_NUMBER) == bytes((Protocol.TCP,)):
                     addresses = attributes(reply.get(_TUPLE_IP, b""))
-                    address = addresses.get(_IPV4_SOURCE) or addresses.get(_IPV6_SOURCE)
-                    if address and _SOURCE_PORT in protocol:
-                        found.add((address, protocol[_SOURCE_PORT]))
+                    far = addresses.get(_IPV4_SOURCE) or addresses.get(_IPV6_SOURCE)
+                    near = addresses.get(_IPV4_DESTINATION) or addresses.get(_IPV6_DESTINATION)
+                    if far and near and protocol.keys() >= {_SOURCE_PORT, _DESTINATION_PORT}:
+                        found.add((near, protocol[_DESTINATION_PORT], far, protocol[_SOURCE_PORT]))
+
+
+def _endpoint(address: bytes, port: bytes) -> tuple[Address, int]:
+    return ip_address(address), int.from_bytes(port, "big")

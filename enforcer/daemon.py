@@ -226,7 +226,7 @@ def remove(run_dir: Path, bpffs: Path | None, cgroup: Path | None) -> list[str]:
     with control.hold(run_dir), nft.Nft() as firewall, netlink.Netlink() as links:
         # The table goes last: while anything is left, what has no permission is refused.
         for interface in links.interfaces():
-            if links.attached(interface.index):
+            if links.attached(interface.index) or links.guarded(interface.index):
                 links.detach(interface.index)
                 removed.append(f"tc filters of {interface.name}")
         pins = bpf.remove(bpffs, cgroup)

@@ -56,6 +56,7 @@ class Harness:
         query_seconds: int = QUERY_SECONDS,
         judging: Judging = Judging.NOT,
         observing: bool = False,
+        recognising: bool = False,
     ) -> None:
         """Writes the settings; `pidns` is (device, inode) of the host's."""
         lifetimes = (FLOOR_SECONDS, CEILING_SECONDS, MARGIN_SECONDS, query_seconds)
@@ -67,7 +68,7 @@ class Harness:
                 *(netns_cookie, *pidns),
                 *(kernel_abi.MARK_MASK, kernel_abi.MARK_VOUCHED),
                 *(kernel_abi.MarkedScope.HOST, kernel_abi.MarkedScope.ENGINE, kernel_abi.MarkedScope.CONTAINER),
-                *(configured, judging, observing),
+                *(configured, judging, observing, recognising, 0),
             ),
         )
 
@@ -129,7 +130,7 @@ class Harness:
     def learned(self) -> dict[tuple[Address, int], tuple[int, int]]:
         """(address, port) -> (expires_at, pattern_id)."""
         return {
-            kernel_abi.unpack_learned_key(key): kernel_abi.LEARNED.codec.unpack(value)
+            kernel_abi.unpack_learned_key(key): kernel_abi.LEARNED.codec.unpack(value)[:2]
             for key, value in self.state.maps["learned"].items()
         }
 
@@ -137,10 +138,12 @@ class Harness:
         """What was learned, whatever the port."""
         return {address for address, _ in self.learned()}
 
-    def vouch(self, address: Address, port: int, seconds: float) -> None:
+    def vouch(
+        self, address: Address, port: int, seconds: float, *, unnamed: bool = False, proxy: bool = False
+    ) -> None:
         """Puts an address into `learned` that expires in `seconds`."""
         expires_at = self.state.now_ns() + int(seconds * SECOND_NS)
-        value = kernel_abi.LEARNED.codec.pack(expires_at, 0)
+        value = kernel_abi.pack_learned(expires_at, 0, unnamed_until=expires_at * unnamed, proxy_until=expires_at * proxy)
         self.state.maps["learned"].update(kernel_abi.pack_learned_key(address, port), value)
 
     def events(self) -> Iterator[DnsEvent]:
