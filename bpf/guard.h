@@ -118,7 +118,7 @@ INLINE int allows_name(struct scratch *s, struct name_key *key, __u64 port)
 		FORGET();
 		if ((__u64)i >= s->rule.port_count)
 			break;
-		if (s->rule.ports[i] == port && !(s->rule.proxy_ports >> i & 1)) {
+		if (s->rule.ports[i] == port && s->rule.named_ports >> i & 1) {
 			s->flow.pattern_id = s->rule.pattern_id;
 			return 1;
 		}

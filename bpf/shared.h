@@ -89,18 +89,20 @@ struct name_rule {
 	__u16 ports[8]; /* host order; the first port_count count */
 	__u8 port_count; /* 1 .. MAX_PORTS_PER_NAME */
 	__u8 private_addresses; /* 1: an answer in a private range may teach */
-	__u8 proxy_ports; /* bit i: ports[i] is a proxy's, where the name itself permits nothing */
+	__u8 named_ports; /* bit i: clients may name it on ports[i]; 0: it is a proxy's there and no more */
+	__u8 proxy_ports; /* bit i: a proxy is at the addresses on ports[i] */
 	__u8 unnamed_ports; /* bit i: what is said at the addresses on ports[i] is not looked at */
-	__u8 padding[4]; /* zero */
+	__u8 padding[3]; /* zero */
 };
 _Static_assert(sizeof(struct name_rule) == 32, "size of name_rule");
 _Static_assert(__builtin_offsetof(struct name_rule, pattern_id) == 0, "name_rule.pattern_id");
 _Static_assert(__builtin_offsetof(struct name_rule, ports) == 8, "name_rule.ports");
 _Static_assert(__builtin_offsetof(struct name_rule, port_count) == 24, "name_rule.port_count");
 _Static_assert(__builtin_offsetof(struct name_rule, private_addresses) == 25, "name_rule.private_addresses");
-_Static_assert(__builtin_offsetof(struct name_rule, proxy_ports) == 26, "name_rule.proxy_ports");
-_Static_assert(__builtin_offsetof(struct name_rule, unnamed_ports) == 27, "name_rule.unnamed_ports");
-_Static_assert(__builtin_offsetof(struct name_rule, padding) == 28, "name_rule.padding");
+_Static_assert(__builtin_offsetof(struct name_rule, named_ports) == 26, "name_rule.named_ports");
+_Static_assert(__builtin_offsetof(struct name_rule, proxy_ports) == 27, "name_rule.proxy_ports");
+_Static_assert(__builtin_offsetof(struct name_rule, unnamed_ports) == 28, "name_rule.unnamed_ports");
+_Static_assert(__builtin_offsetof(struct name_rule, padding) == 29, "name_rule.padding");
 
 /* Key of `ranges`; the value is a __u32 RANGE_*. */
 struct range_key {

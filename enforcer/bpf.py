@@ -48,6 +48,7 @@ _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280}  # asm/unistd
 _BPFFS_MAGIC = 0xCAFE4A11  # BPF_FS_MAGIC, linux/magic.h
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _F_ALLOW_MULTI = 2
+_NOEXIST = 1  # BPF_NOEXIST
 _ENOTSUPP = 524  # leaks out of the kernel; errno.h of user space does not know it
 _BATCH = 4096
 _LOAD_DEADLINE_SECONDS = 60
@@ -233,6 +234,20 @@ class BpfMap:
             call(_MAP_UPDATE, self._element)
         except OSError as error:
             self._explain(error)
+
+    def add(self, key: bytes, value: bytes) -> bool:
+        """Inserts one element and replaces none; whether it is new. Raises BpfError if the map is full."""
+        self._set_key(key)
+        if len(value) != self.value_size:
+            raise ValueError(f"{self.name}: value of {len(value)} bytes, not {self.value_size}")
+        self._value[: len(value)] = value
+        try:
+            call(_MAP_UPDATE, packed("I4xQQQ", self.fd, address(self._key), address(self._value), _NOEXIST))
+        except OSError as error:
+            if error.errno == errno.EEXIST:
+                return False
+            self._explain(error)
+        return True
 
     def update_many(self, pairs: Iterable[tuple[bytes, bytes]]) -> None:
         """Inserts or replaces many, in few system calls where the kernel can (5.6; LPM tries later)."""

@@ -220,9 +220,10 @@ NAME_RULE = Structure(
         Field("__u16", "ports", MAX_PORTS_PER_NAME, "host order; the first port_count count"),
         Field("__u8", "port_count", 0, "1 .. MAX_PORTS_PER_NAME"),
         Field("__u8", "private_addresses", 0, "1: an answer in a private range may teach"),
-        Field("__u8", "proxy_ports", 0, "bit i: ports[i] is a proxy's, where the name itself permits nothing"),
+        Field("__u8", "named_ports", 0, "bit i: clients may name it on ports[i]; 0: it is a proxy's there and no more"),
+        Field("__u8", "proxy_ports", 0, "bit i: a proxy is at the addresses on ports[i]"),
         Field("__u8", "unnamed_ports", 0, "bit i: what is said at the addresses on ports[i] is not looked at"),
-        Field("__u8", "padding", 4, "zero"),
+        Field("__u8", "padding", 3, "zero"),
     ),
 )
 RANGE_KEY = Structure(
@@ -510,15 +511,17 @@ def pack_name_rule(
     ports: Iterable[int],
     *,
     private_addresses: bool,
+    named_ports: Collection[int] | None = None,
     proxy_ports: Collection[int] = (),
     unnamed_ports: Collection[int] = (),
 ) -> bytes:
-    """Value of `names`; ValueError for no port or more than MAX_PORTS_PER_NAME."""
+    """Value of `names`; ValueError for no port or more than MAX_PORTS_PER_NAME. None: `named_ports` are all."""
     ports = list(ports)
     if not 1 <= len(ports) <= MAX_PORTS_PER_NAME:
         raise ValueError(f"{len(ports)} ports: 1 to {MAX_PORTS_PER_NAME} fit")
     padded = ports + [0] * (MAX_PORTS_PER_NAME - len(ports))
-    bits = [sum(1 << i for i, port in enumerate(ports) if port in some) for some in (proxy_ports, unnamed_ports)]
+    named_ports = ports if named_ports is None else named_ports
+    bits = [sum(1 << i for i, port in enumerate(ports) if port in some) for some in (named_ports, proxy_ports, unnamed_ports)]
     return NAME_RULE.codec.pack(pattern_id, *padded, len(ports), int(private_addresses), *bits, b"")
 
 

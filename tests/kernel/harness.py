@@ -35,6 +35,7 @@ class Harness:
     def __init__(self, state: bpf.KernelState) -> None:
         self.state = state
         self.events_reader = bpf.EventReader(state.maps["events"])
+        self.endings_reader = bpf.EventReader(state.maps["endings"])
         self.configure()
         maps = state.maps
         maps["resolvers"].update_many((kernel_abi.pack_address(a), b"\x01") for a in (RESOLVER_V4, RESOLVER_V6))
@@ -42,10 +43,18 @@ class Harness:
             (kernel_abi.pack_range_key(network.network_address, network.prefixlen), struct.pack("=I", range_class))
             for network, range_class in SPECIAL_RANGES
         )
-        for number, entry in enumerate(dns_vectors.POLICY):
-            key = kernel_abi.pack_name_key(entry.pattern.name, wildcard=entry.pattern.wildcard)
-            rule = kernel_abi.pack_name_rule(number, entry.ports, private_addresses=entry.private_addresses)
-            maps["names"].update(key, rule)
+        self.write_names()
+
+    def write_names(self) -> None:
+        """The names of dns_vectors, and no others."""
+        self.state.maps["names"].replace_all(
+            {
+                kernel_abi.pack_name_key(entry.pattern.name, wildcard=entry.pattern.wildcard): kernel_abi.pack_name_rule(
+                    number, entry.ports, private_addresses=entry.private_addresses
+                )
+                for number, entry in enumerate(dns_vectors.POLICY)
+            }
+        )
 
     def configure(
         self,

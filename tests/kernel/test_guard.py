@@ -107,9 +107,8 @@ class Guarded:
 
     def endings(self) -> list[kernel_abi.Ending]:
         records = []
-        with bpf.EventReader(self.maps["endings"]) as reader:
-            while found := reader.read():
-                records += [kernel_abi.decode_ending(record) for record in found]
+        while found := self.harness.endings_reader.read():
+            records += [kernel_abi.decode_ending(record) for record in found]
         return records
 
 
@@ -172,7 +171,7 @@ def guarded(harness: Harness, lo: socket.socket) -> Iterator[Guarded]:
         ("blobs.example", True, (443,)),
         ("proxy.example", False, (3128,)),
     ):
-        rule = kernel_abi.pack_name_rule(7, ports, private_addresses=True, proxy_ports={3128})
+        rule = kernel_abi.pack_name_rule(7, ports, private_addresses=True, named_ports=set(ports) - {3128}, proxy_ports={3128})
         maps["names"].update(kernel_abi.pack_name_key(pattern, wildcard=wildcard), rule)
     for version in 4, 6:
         network = LISTED[version]
@@ -189,6 +188,7 @@ def guarded(harness: Harness, lo: socket.socket) -> Iterator[Guarded]:
     maps["levels"].update_many((u32(number), u32(JudgedPorts.NONE)) for number in range(4))
     for name in "registry_ports", "listed", "uplinks", "own_links", "flows", "hellos", "catalogue":
         maps[name].clear()
+    harness.write_names()
 
 
 def transport_of(frame: bytes, version: int) -> tuple[bytes, bytes]:
