@@ -11,7 +11,6 @@ import asyncio
 import datetime
 import os
 import ssl
-import stat
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from enforcer import trusted_files
 from enforcer.policy import AuthorityFiles, HostPattern
 
 CA_DAYS = 365
@@ -328,14 +328,11 @@ def _read_key(path: str) -> _SigningKey:
 
 def _read_file(path: str, what: str, *, private: bool = False) -> bytes:
     try:
-        with Path(path).open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            text = file.read(_MAX_FILE_BYTES) if stat.S_ISREG(mode) else b""
+        return trusted_files.read(Path(path), _MAX_FILE_BYTES, private=private)
+    except trusted_files.UntrustedError as error:
+        raise AuthorityError(error.problem, error.advice) from None
     except OSError as error:
         raise AuthorityError(f"the {what} {path} cannot be read: {error.strerror}", _MAKE_ONE) from None
-    if private and mode & 0o077:
-        raise AuthorityError(f"{path} can be read by others than its owner", f"chmod 600 {path}")
-    return text
 
 
 def _not_after(certificate: x509.Certificate) -> datetime.datetime:

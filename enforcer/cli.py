@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from enforcer import (
     metrics,
     policy,
     procfs,
+    trusted_files,
 )
 
 EXIT_OK = 0
@@ -125,18 +126,22 @@ def _complain(text: str) -> None:
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
-def _read_policy(path: Path | None) -> policy.Policy:
-    """The policy of `path`; without one the default file's, and without that the built-in default."""
+def _read_policy(path: Path | None, *, trusting: bool = False) -> policy.Policy:
+    """The policy of `path`; without one the default file's, and without that the built-in default.
+
+    PolicyError if it is wrong, or if others could have written it, unless `trusting`.
+    """
     wsl = procfs.is_wsl()
     if path is None:
-        if not DEFAULT_POLICY.exists():
+        if not (DEFAULT_POLICY.exists() or DEFAULT_POLICY.is_symlink()):
             return policy.default_policy(wsl=wsl)
         path = DEFAULT_POLICY
-    return policy.read_policy(path, wsl=wsl)
+    return policy.read_policy(path, wsl=wsl, trusting=trusting)
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    checked = _read_policy(arguments.file)
+    # A file that is named may be in somebody's checkout, on its way to a host; the default one is in force here.
+    checked = _read_policy(arguments.file, trusting=arguments.file is not None)
     enforcement.open_authority(checked)  # a PolicyError if its files are no CA
     facts = enforcement.policy_facts(checked)
     if arguments.json:
@@ -146,9 +151,19 @@ def _check(arguments: argparse.Namespace) -> int:
             f"{checked.source}: ok: {facts['registries']} registries and {facts['destinations']} other destinations, "
             f"{facts['names']} names, mode {facts['mode']}"
         )
-        for warning in advice.warnings(checked):
+        for warning in (*advice.warnings(checked), *_refused_here(arguments.file)):
             print(f"{checked.source}: note: {warning}")
     return EXIT_OK
+
+
+def _refused_here(path: Path | None) -> Iterator[str]:
+    """Why root may not enforce by a file, however right its words are."""
+    if path is None or os.geteuid() != 0:
+        return
+    try:
+        trusted_files.read(path, 0)
+    except trusted_files.UntrustedError as error:
+        yield f"run and reload refuse this file: {error}"
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -207,7 +222,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         # A name is judged by the policy alone; what an address was learned for only the daemon knows.
         if not isinstance(subject, str):
             raise
-        explanation = enforcement.explain_by_policy(_read_policy(arguments.policy), arguments.subject)
+        explanation = enforcement.explain_by_policy(_read_policy(arguments.policy, trusting=True), arguments.subject)
         _complain("no daemon is running; this is what the policy file says")
     if arguments.json:
         _print_json(explanation)
@@ -426,7 +441,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except policy.PolicyError as error:
         # FILE:LINE: first, as compilers do, so that editors can jump there.
         print(error, file=sys.stderr)
-    except (UsageError, metrics.MetricsError, control.AlreadyRunningError, control.RequestError) as error:
+    except (
+        UsageError,
+        metrics.MetricsError,
+        control.AlreadyRunningError,
+        control.RunDirectoryError,
+        control.RequestError,
+    ) as error:
         _complain(str(error))
     except (daemon.UnsupportedHostError, bpf.BpfError) as error:
         _complain(str(error))

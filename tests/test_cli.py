@@ -62,6 +62,17 @@ def test_check_names_file_and_line_of_a_wrong_policy(
     assert "; " in error
 
 
+@pytest.mark.root
+def test_check_of_a_checkouts_file_says_that_run_would_refuse_it(
+    policy_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "note: run and reload refuse" not in run("check", str(policy_file), capsys=capsys)[1]
+    policy_file.chmod(0o666)
+    code, output, _ = run("check", str(policy_file), capsys=capsys)
+    assert code == 0
+    assert f"note: run and reload refuse this file: {policy_file} can be written by others" in output
+
+
 def test_check_of_a_missing_file_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = run("check", str(tmp_path / "none.toml"), capsys=capsys)
     assert (code, str(tmp_path) in error) == (2, True)
