@@ -197,6 +197,8 @@ def _status(arguments: argparse.Namespace) -> int:
     print(f"{status['state']}: mode {facts['mode']}, policy {facts['source']} ({facts['digest'][:12]})")
     print(f"  {facts['registries']} registries, {facts['destinations']} other destinations, {facts['names']} names")
     print(f"resolvers: {', '.join(status['resolvers']) or 'none: nothing can be learned'}")
+    if status["metrics"] and status["metrics"]["problem"]:
+        print(f"metrics are not served: {status['metrics']['problem']}")
     answers = status["responder"]["answers"] if status["responder"] else []
     print(f"told why they are refused: {' and '.join(answers) or 'no'} clients")
     for interface in status["interfaces"]:

@@ -91,7 +91,8 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
                 enforcement.answer_refused(stack.enter_context(answering))
             except OSError as error:
                 log.warning("refused connections are reset, without a word: %s", error.strerror)
-        stack.enter_context(metrics.serve(enforcement.metrics, *options.metrics))
+        served = stack.enter_context(metrics.Server(enforcement.metrics, *options.metrics))
+        enforcement.metrics_server = served
         _remember_instance(options, cgroup)
 
         ended: asyncio.Future[None] = loop.create_future()
@@ -116,12 +117,13 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
         loop.add_signal_handler(signal.SIGHUP, enforcement.reload, read_policy)
 
         async with control.serve(options.run_dir, enforcement.answer):
-            announce(policy, f"metrics at http://{options.metrics[0]}:{options.metrics[1]}/metrics")
+            announce(policy, f"no metrics: {served.problem}" if served.problem else f"metrics at {served.url}")
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(enforcement.keep_asking()),
                     group.create_task(enforcement.follow_links()),
                     group.create_task(enforcement.auditor.run()),
+                    group.create_task(served.run()),
                     group.create_task(_every(HOUSEKEEPING_SECONDS, enforcement.housekeeping)),
                     group.create_task(_every(SAVE_SECONDS, enforcement.save)),
                 ]
