@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ DEFAULT_RUN_DIR = Path("/run/registry-enforcer")
 DEFAULT_STATE_DIR = Path("/var/lib/registry-enforcer")
 DEFAULT_METRICS = "127.0.0.1:9742"
 FOLLOW_SECONDS = 0.5
+DESCRIPTORS = 4_096
 
 
 class UsageError(Exception):
@@ -169,6 +171,10 @@ def _refused_here(path: Path | None) -> Iterator[str]:
 def _run(arguments: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise UsageError("run changes the kernel's rules and needs root; start it with sudo")
+    os.umask(0o027)  # whatever root's shell has: what is made here is never others' to write
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # More than all bounds on clients add up to, so that no crowd of them takes what the daemon itself needs.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, DESCRIPTORS)), hard))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     started = time.monotonic()
 

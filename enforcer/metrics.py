@@ -29,7 +29,7 @@ LEARN_BUCKETS_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0
 MAX_CLIENTS = 32
 MAX_HEAD_BYTES = 8_192
 CLIENT_SECONDS = 5.0  # from accept to close
-RETRY_SECONDS = 5.0  # at a port that somebody holds
+RETRY_SECONDS = 2.0  # at a port that somebody holds
 _ACCEPTS_AT_ONCE = 32  # then the loop's other work gets its turn
 _SHARE = 20  # however often somebody asks, making the text takes one part in so many of the loop's time
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
