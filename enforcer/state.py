@@ -44,8 +44,8 @@ class SavedAddress:
     expires_at: float  # Unix seconds
 
 
-def save(state_dir: Path, entries: Iterable[SavedAddress]) -> None:
-    """Replace the file in `state_dir` (made if missing, mode 0700); StateError leaves the old one."""
+def render(entries: Iterable[SavedAddress]) -> bytes:
+    """The content of the file."""
     document = {
         "version": VERSION,
         "learned": [
@@ -53,8 +53,13 @@ def save(state_dir: Path, entries: Iterable[SavedAddress]) -> None:
             for entry in entries
         ],
     }
+    return json.dumps(document).encode()
+
+
+def save(state_dir: Path, entries: Iterable[SavedAddress]) -> None:
+    """Replace the file in `state_dir` (made if missing, mode 0700); StateError leaves the old one."""
     try:
-        trusted_files.replace(state_dir / FILE_NAME, (json.dumps(document).encode(),), make=True)
+        trusted_files.replace(state_dir / FILE_NAME, (render(entries),), make=True)
     except UntrustedError as error:
         raise StateError(f"{state_dir / FILE_NAME} is not written: {error}") from None
     except OSError as error:
@@ -71,14 +76,14 @@ def load(state_dir: Path) -> list[SavedAddress]:
         text = trusted_files.read(path, MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise ValueError(f"longer than {MAX_BYTES} bytes")
-        return _parse(text)
+        return parse(text)
     except FileNotFoundError:
         return []
     except UntrustedError as error:
         problem = error.problem
     except OSError as error:
         problem = error.strerror or str(error)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except ValueError as error:
         problem = f"damaged: {error}"
     aside = f"{FILE_NAME}.bad"
     try:
@@ -91,11 +96,15 @@ def load(state_dir: Path) -> list[SavedAddress]:
     raise StateError(f"{path}: {problem}; set aside as {aside}")
 
 
-def _parse(text: bytes) -> list[SavedAddress]:
-    document = json.loads(text)
-    if document["version"] != VERSION:
-        raise ValueError(f"version {document['version']!r} is not {VERSION}")
-    return [_entry(*fields) for fields in document["learned"]]
+def parse(text: bytes) -> list[SavedAddress]:
+    """The entries of what `render` wrote; ValueError, and nothing else, for whatever else it is."""
+    try:
+        document = json.loads(text)
+        if document["version"] != VERSION:
+            raise ValueError(f"version {str(document['version'])[:20]!r} is not {VERSION}")
+        return [_entry(*fields) for fields in document["learned"]]
+    except (TypeError, KeyError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def _entry(
