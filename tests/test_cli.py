@@ -164,6 +164,18 @@ def test_ca_that_init_makes_is_one_that_check_accepts(
     assert "exists already; remove both files" in error
 
 
+@pytest.mark.root
+def test_no_key_is_made_where_others_write(
+    policy_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "shared"
+    directory.mkdir()
+    directory.chmod(0o777)
+    code, _, error = run("ca", "init", "--directory", str(directory), "--policy", str(policy_file), capsys=capsys)
+    assert (code, list(directory.iterdir())) == (2, [])
+    assert f"{directory} can be written by others (mode 0777); chmod go-w {directory}, or name another" in error
+
+
 def test_ca_that_cannot_be_used_is_a_mistake_of_its_line(policy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ca = '[refusal]\nmessage = "{name}"\nca = { certificate = "/absent.crt", key = "/absent.key" }\n'
     policy_file.write_text(POLICY + ca)
