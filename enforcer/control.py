@@ -172,6 +172,7 @@ async def serve(run_dir: Path, handler: Handler) -> AsyncIterator[None]:
         # Whatever the asker does wrong is its own fault: it is told, and nobody else notices.
         nonlocal asking
         asking += 1
+        writer.transport.set_write_buffer_limits(high=0)  # drained is: with the kernel, and may be closed
         try:
             async with asyncio.timeout(REQUEST_DEADLINE_SECONDS):
                 reply: Answer
@@ -185,8 +186,6 @@ async def serve(run_dir: Path, handler: Handler) -> AsyncIterator[None]:
                     reply = {"error": str(error)}
                 writer.write(json.dumps(reply).encode() + b"\n")
                 await writer.drain()
-                writer.close()
-                await writer.wait_closed()  # what is left in our own buffer counts against the deadline too
         except (TimeoutError, ConnectionError):
             pass
         finally:

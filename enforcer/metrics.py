@@ -233,6 +233,7 @@ class Server:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._clients[writer] = None
+        writer.transport.set_write_buffer_limits(high=0)  # drained is: with the kernel, and may be closed
         if len(self._clients) > MAX_CLIENTS:
             oldest = next(iter(self._clients))
             del self._clients[oldest]
@@ -245,8 +246,6 @@ class Server:
                     reply = _reply("400 Bad Request")
                 writer.write(reply)
                 await writer.drain()
-                writer.close()
-                await writer.wait_closed()
         except (TimeoutError, ConnectionError):
             pass  # its own fault
         finally:

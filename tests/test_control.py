@@ -349,6 +349,22 @@ def test_more_askers_than_there_is_room_for_are_told_and_the_slow_ones_end(
     asyncio.run(crowd())
 
 
+# A little more than a socket takes at once, and much more.
+@pytest.mark.parametrize("size", [230_000, 260_000, 8_000_000])
+def test_a_long_answer_arrives_whole_and_leaves_no_exception_behind(tmp_path: Path, size: int) -> None:
+    faults: list[dict[str, Any]] = []
+
+    async def ask() -> dict[str, Any]:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+        async with control.serve(tmp_path, lambda _: {"learned": "x" * size}):
+            reply = await asyncio.to_thread(control.request, tmp_path, {"command": "status"})
+            await asyncio.sleep(0.1)
+            return reply
+
+    assert len(asyncio.run(ask())["learned"]) == size
+    assert faults == []  # any would end the daemon
+
+
 def test_who_does_not_read_a_long_answer_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "REQUEST_DEADLINE_SECONDS", 0.5)
 

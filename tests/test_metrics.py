@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -38,6 +39,8 @@ def open_descriptors() -> int:
 
 @contextlib.asynccontextmanager
 async def serving(port: int = 0) -> AsyncIterator[metrics.Server]:
+    faults: list[dict[str, Any]] = []  # any would end the daemon
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
     with metrics.Server(metrics.Metrics(lambda: SNAPSHOT), "127.0.0.1", port) as server:
         task = asyncio.create_task(server.run())
         try:
@@ -45,6 +48,7 @@ async def serving(port: int = 0) -> AsyncIterator[metrics.Server]:
         finally:
             task.cancel()
             await asyncio.wait([task])
+    assert faults == []
 
 
 async def ask(port: int, request: bytes) -> bytes:
