@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import re
 import socket
 from collections.abc import Callable, Iterable, Mapping
@@ -31,7 +32,8 @@ MAX_HEAD_BYTES = 8_192
 CLIENT_SECONDS = 5.0  # from accept to close
 RETRY_SECONDS = 2.0  # at a port that somebody holds
 _ACCEPTS_AT_ONCE = 32  # then the loop's other work gets its turn
-_SHARE = 20  # however often somebody asks, making the text takes one part in so many of the loop's time
+# However often somebody asks, making the text takes that much of the loop's time, and so many seconds at once.
+_SHARE, _SECONDS_AT_ONCE = 0.05, 0.5
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]{1,1000}) HTTP/1\.[01]\r\n")
 
@@ -169,7 +171,9 @@ class Server:
         self._listener: socket.socket | None = None
         self._clients: dict[asyncio.StreamWriter, None] = {}  # the oldest first
         self._text = b""
-        self._fresh_until = 0.0
+        self._making = asyncio.Lock()
+        self._made_at = self._refilled_at = -math.inf
+        self._seconds = _SECONDS_AT_ONCE
 
     def __enter__(self) -> Self:
         """MetricsError if there is no such address; a port in use is a `problem`."""
@@ -241,7 +245,7 @@ class Server:
         try:
             async with asyncio.timeout(CLIENT_SECONDS):
                 try:
-                    reply = self._reply(await reader.readuntil(b"\r\n\r\n"))
+                    reply = await self._reply(await reader.readuntil(b"\r\n\r\n"))
                 except (asyncio.LimitOverrunError, asyncio.IncompleteReadError):
                     reply = _reply("400 Bad Request")
                 writer.write(reply)
@@ -252,7 +256,7 @@ class Server:
             self._clients.pop(writer, None)
             writer.transport.abort()
 
-    def _reply(self, head: bytes) -> bytes:
+    async def _reply(self, head: bytes) -> bytes:
         request = _REQUEST_LINE.match(head)
         if request is None:
             return _reply("400 Bad Request")
@@ -261,16 +265,28 @@ class Server:
             return _reply("405 Method Not Allowed")
         if path not in (b"/metrics", b"/"):
             return _reply("404 Not Found")
-        now = asyncio.get_running_loop().time()
-        if now >= self._fresh_until:
-            try:
-                self._text = generate_latest(self._metrics.registry)
-            except SnapshotError as error:
-                log.warning("metrics cannot be told: %s", error)
-                return _reply("503 Service Unavailable")
-            took = asyncio.get_running_loop().time() - now
-            self._fresh_until = now + took * _SHARE
-        return _reply("200 OK", self._text, with_body=method == b"GET")
+        try:
+            body = await self._text_from(asyncio.get_running_loop().time())
+        except SnapshotError as error:
+            log.warning("metrics cannot be told: %s", error)
+            return _reply("503 Service Unavailable")
+        return _reply("200 OK", body, with_body=method == b"GET")
+
+    async def _text_from(self, asked_at: float) -> bytes:
+        """The text as it was at `asked_at` or later: who comes too often waits, and all who wait get the same one."""
+        async with self._making:
+            if self._made_at >= asked_at:
+                return self._text
+            loop = asyncio.get_running_loop()
+            self._seconds = min(_SECONDS_AT_ONCE, self._seconds + (loop.time() - self._refilled_at) * _SHARE)
+            if self._seconds < 0:
+                await asyncio.sleep(-self._seconds / _SHARE)
+                self._seconds = 0.0
+            self._made_at = loop.time()
+            self._text = generate_latest(self._metrics.registry)
+            self._refilled_at = loop.time()
+            self._seconds -= self._refilled_at - self._made_at
+            return self._text
 
 
 def _reply(status: str, body: bytes = b"", *, with_body: bool = True) -> bytes:
