@@ -176,6 +176,11 @@ def _run(arguments: argparse.Namespace) -> int:
     # More than all bounds on clients add up to, so that no crowd of them takes what the daemon itself needs.
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, DESCRIPTORS)), hard))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        with trusted_files.directory(Path(__file__).parent):
+            pass
+    except trusted_files.UntrustedError as error:
+        logging.getLogger("registry-enforcer").warning("whoever may change this program enforces: %s", error)
     started = time.monotonic()
 
     def announce(enforced: policy.Policy, details: str) -> None:
@@ -439,8 +444,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _open_standard_streams() -> None:
+    """What is opened next would be standard output where that is closed, and audit lines would be written into it."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), descriptor)
+            setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the value is the exit code."""
+    _open_standard_streams()
     arguments = _parser().parse_args(argv)
     try:
         status = int(arguments.main(arguments))

@@ -9,16 +9,18 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import enforcer
 from enforcer import procfs
 from tests.lab.enforcer import COMMAND
 
@@ -45,6 +47,8 @@ print("held", flush=True)
 sys.stdin.read()
 """
 # What somebody might look up by name instead of by path.
+START = "from enforcer import cli; sys.exit(cli.main())"
+NO_FUZZ = shutil.ignore_patterns("fuzz", "vm", "*.log")
 PROGRAMS = ("nft", "modprobe", "mount", "ip", "tc", "bpftool", "cc", "gcc", "clang", "ld", "ldconfig", "uname",
             "sh", "python3", "which", "openssl", "hostname", "docker")  # fmt: skip
 MODULES = ("json", "ctypes", "nftables", "pyroute2", "dns", "cryptography", "sitecustomize", "usercustomize")
@@ -76,7 +80,7 @@ class Daemon:
         self.directory = directory
         self.policy = directory / "policy.toml"
         self._run = [
-            *(COMMAND, "run", "--policy", str(self.policy), "--run-dir", str(directory / "run")),
+            *("run", "--policy", str(self.policy), "--run-dir", str(directory / "run")),
             *("--state-dir", str(directory / "state"), "--bpffs", str(directory / "bpf"), "--cgroup", str(cgroup)),
         ]
         self._log = directory / "log"
@@ -92,15 +96,22 @@ class Daemon:
 
     @contextlib.contextmanager
     def running(
-        self, holder: str = "", environment: dict[str, str] | None = None, cwd: Path | None = None
+        self,
+        holder: str = "",
+        *,
+        environment: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        program: Sequence[str] = (COMMAND,),
+        closed: bool = False,
     ) -> Iterator[int]:
         """Its process id, once it is ready; the holder's input stays open until `let_go`."""
         waiting = f"exec 3<&0; {sys.executable} -c '{holder}' <&3 & sleep 1; " if holder else ""
-        script = f'ip link set lo up; {waiting}exec "$@" </dev/null'
+        streams = "<&- >&-" if closed else "</dev/null"
+        script = f'ip link set lo up; {waiting}exec "$@" {streams}'
         cleanly = ["env", *(f"{name}={value}" for name, value in (environment or {}).items()), sys.executable]
         with self._log.open("wb") as log:
             daemon = subprocess.Popen(
-                ["unshare", "--net", "--mount", "sh", "-c", script, "sh", *cleanly, *self._run],
+                ["unshare", "--net", "--mount", "sh", "-c", script, "sh", *cleanly, *program, *self._run],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -108,7 +119,7 @@ class Daemon:
             )
         self._process = daemon
         try:
-            until(lambda: "\nready " in f"\n{self.log}" or daemon.poll() is not None, "ready")
+            until(lambda: self._ready() or daemon.poll() is not None, "ready")
             assert daemon.poll() is None, self.log
             yield daemon.pid
             daemon.send_signal(signal.SIGTERM)
@@ -117,6 +128,9 @@ class Daemon:
             daemon.kill()
             daemon.wait()
             self.let_go()
+
+    def _ready(self) -> bool:
+        return "\nready " in f"\n{self.log}" or (self.directory / "run" / "control.sock").exists()
 
     def let_go(self) -> None:
         """End the holder."""
@@ -127,7 +141,7 @@ class Daemon:
         """Exit code, errors and nftables' tables of a start that is to fail."""
         script = 'ip link set lo up; "$@"; code=$?; nft list tables; exit $code'
         done = subprocess.run(
-            ["unshare", "--net", "--mount", "sh", "-c", script, "sh", *self._run],
+            ["unshare", "--net", "--mount", "sh", "-c", script, "sh", COMMAND, *self._run],
             capture_output=True,
             text=True,
             timeout=DEADLINE_SECONDS,
@@ -199,6 +213,28 @@ def test_start_looks_nothing_up_by_path_nor_where_it_is_started(daemon: Daemon, 
     subprocess.run([sys.executable, "-c", "import json"], cwd=hostile, check=False)
     subprocess.run(["nft"], env=environment, check=False, cwd="/")
     assert marker.read_text().split() == ["jsonnft"]
+
+
+def test_closed_standard_streams_are_nobody_elses(daemon: Daemon) -> None:
+    with daemon.running(closed=True) as pid:
+        for descriptor in 0, 1:
+            assert Path(f"/proc/{pid}/fd/{descriptor}").readlink() == Path("/dev/null")
+        os.kill(pid, signal.SIGHUP)  # an audit line
+        until(lambda: "is in force" in daemon.log, "a reload")
+        assert (daemon.directory / "run" / "lock").read_text() == f"{pid}\n"
+        assert daemon.status()["state"] == "enforcing"
+
+
+def test_a_program_that_others_may_change_says_so(daemon: Daemon, tmp_path: Path) -> None:
+    copy = tmp_path / "checkout" / "enforcer"
+    shutil.copytree(Path(enforcer.__file__).parent, copy)
+    shutil.copytree(Path(enforcer.__file__).parent.parent / "build", copy.parent / "build", ignore=NO_FUZZ)
+    os.chown(copy, OTHER, -1)
+    with daemon.running(program=("-c", f"import sys; sys.path.insert(0, {str(copy.parent)!r}); {START}")):
+        warning = f"WARNING whoever may change this program enforces: {copy} belongs to user {OTHER}"
+        assert warning in daemon.log
+    with daemon.running():
+        assert "whoever may change" not in daemon.log
 
 
 @pytest.mark.parametrize("who", ["mode", "owner", "directory"])

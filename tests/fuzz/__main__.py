@@ -20,6 +20,7 @@ MAX_BYTES = 4_096
 INPUT_SECONDS = 10  # for one input, under instrumentation
 MEMORY_MIB = 1_024
 _FOUND = re.compile(r"Test unit written to (\S+)")
+_WORD = re.compile(rb"[A-Za-z0-9._*-]{3,40}")  # of the seeds, for libFuzzer to put together anew
 _RUNS = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
 
 
@@ -34,13 +35,15 @@ def fuzz(atheris: ModuleType, name: str, target: Callable[[bytes], None], second
         (seeded / source).write_bytes(data)
     limits = f"-max_total_time={seconds}", f"-max_len={MAX_BYTES}", f"-timeout={INPUT_SECONDS}"
     memory = f"-rss_limit_mb={MEMORY_MIB}", "-print_final_stats=1", f"-artifact_prefix={WORK / name}/"
+    words = sorted({word for _, data in seeds(name) for word in _WORD.findall(data)})
+    (WORK / name / "words").write_text("".join(f'"{word.decode()}"\n' for word in words))
     sys.stdout.flush()
     child = os.fork()  # what is instrumented already need not be so again
     if child == 0:
         with log.open("wb") as file:
             for descriptor in 1, 2:
                 os.dup2(file.fileno(), descriptor)
-        atheris.Setup([sys.argv[0], *limits, *memory, str(grown), str(seeded)], target)
+        atheris.Setup([sys.argv[0], *limits, *memory, f"-dict={WORK / name}/words", str(grown), str(seeded)], target)
         atheris.Fuzz()
         os._exit(1)  # it never returns
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
