@@ -416,6 +416,23 @@ def test_objects_of_an_installed_package_come_before_those_of_a_checkout(
         assert bpf.build_inputs(Loader.LIBBPF)[0] == tmp_path / directory / "enforcer.bpf.o"
 
 
+@pytest.mark.parametrize("loader", Loader)
+def test_loader_has_nothing_of_our_environment(
+    bpffs: Path, unit: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: Loader
+) -> None:
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    marker = tmp_path / "marker"
+    (hostile / "sitecustomize.py").write_text(f"open({str(marker)!r}, 'w')")
+    for name in ("PYTHONPATH", "PATH", "TMPDIR", "LD_LIBRARY_PATH", "BCC_KERNEL_SOURCE", "LIBBPF_LOG_LEVEL"):
+        monkeypatch.setenv(name, str(hostile))
+    assert bpf.load(bpffs, loader=loader, inputs=unit(loader)).programs
+    assert not marker.exists()
+    assert list(hostile.iterdir()) == [hostile / "sitecustomize.py"]
+    subprocess.run([sys.executable, "-c", ""], check=True)
+    assert marker.exists()
+
+
 def test_file_that_is_no_object_is_named(bpffs: Path, tmp_path: Path) -> None:
     (tmp_path / "enforcer.bpf.o").write_text("not ELF")
     with pytest.raises(bpf.BpfError, match=r"enforcer\.bpf\.o is not a BPF object"):

@@ -187,6 +187,9 @@ def test_another_users_hold_on_the_metrics_port_keeps_no_enforcement_away(daemon
         daemon.let_go()
         until(lambda: daemon.scraped(pid), "metrics")
         assert daemon.status()["metrics"]["problem"] is None
+        sockets = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+        listening = {fields[1] for fields in sockets if fields[3] == "0A" and int(fields[1][9:], 16) == PORT}
+        assert listening == {f"0100007F:{PORT:04X}"}  # 127.0.0.1 alone
 
 
 def test_start_looks_nothing_up_by_path_nor_where_it_is_started(daemon: Daemon, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_without_a_file_nothing_is_loaded(tmp_path: Path) -> None:
      '{"version": 1, "learned": [["nowhere", 443, "a", "r", "a.b", 1]]}',
      '{"version": 1, "learned": [["192.0.2.1", "443", "a", "r", "a.b", 1]]}',
      '{"version": 1, "learned": [["192.0.2.1", 443, "a", "r", "*", 1]]}',
-     # Each of these ended the daemon, at every start, or would have been shown to a terminal.
+     # Believed, these would end the daemon at every start, or reach nftables or a terminal.
      '{"version": 1, "learned": [["2606::1%eth0", 443, "a", "r", "a.b", 1]]}',
      '{"version": 1, "learned": [["192.0.2.1", 65536, "a", "r", "a.b", 1]]}',
      '{"version": 1, "learned": [["192.0.2.1", true, "a", "r", "a.b", 1]]}',
@@ -53,6 +53,26 @@ def test_a_damaged_file_is_set_aside_and_named(text: str, tmp_path: Path) -> Non
     assert not path.exists()
     assert path.with_name(f"{state.FILE_NAME}.bad").read_text() == text
     assert state.load(tmp_path) == []
+
+
+def test_a_truncated_file_gives_nothing_wherever_it_ends(tmp_path: Path) -> None:
+    state.save(tmp_path, [ENTRY])
+    path = tmp_path / state.FILE_NAME
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(state.StateError, match="set aside"):
+            state.load(tmp_path)
+
+
+def test_a_file_larger_than_any_of_ours_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state.save(tmp_path, [ENTRY])
+    size = (tmp_path / state.FILE_NAME).stat().st_size
+    monkeypatch.setattr(state, "MAX_BYTES", size)
+    assert state.load(tmp_path) == [ENTRY]
+    monkeypatch.setattr(state, "MAX_BYTES", size - 1)
+    with pytest.raises(state.StateError, match=f"longer than {size - 1} bytes; set aside"):
+        state.load(tmp_path)
 
 
 @given(st.binary(max_size=200))
