@@ -26,7 +26,7 @@ from enforcer.dns_answer import DnsAnswer, DnsAnswerError
 from enforcer.enforcement import Enforcement, name_map
 from enforcer.kernel_abi import MAX_QUERIES, Protocol
 from enforcer.ladder import Capabilities
-from enforcer.learned import LearnedAddresses
+from enforcer.learned import LearnedAddresses, permitted
 from enforcer.overhearing import Overhearing, Packet
 from enforcer.policy import NameIndex, PolicyError, Reason, host_pattern, parse
 from tests import dns_vectors
@@ -101,7 +101,13 @@ def said_again(answer: DnsAnswer) -> bytes:
 
 def overheard_packets(data: bytes) -> None:
     """Packets, each behind its direction and length: who asked nothing teaches nothing, no question counts twice."""
-    heard = Overhearing(lambda _: True, lambda _answer, _now: [], lambda _: False)
+    rule = POLICY.rules[0]
+    taught = [(rule, rule.hosts[0])]
+    heard = Overhearing(
+        lambda _: True,
+        lambda answer, now: list(permitted(answer, taught, dns_answer.classify_address, now)),
+        lambda _: False,
+    )
     heard.trust([RESOLVER])
     asked = read = at = number = 0
     while at + 3 <= len(data):
