@@ -24,26 +24,26 @@ _WORD = re.compile(rb"[A-Za-z0-9._*-]{3,40}")  # of the seeds, for libFuzzer to 
 _RUNS = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
 
 
-def fuzz(atheris: ModuleType, name: str, target: Callable[[bytes], None], seconds: int) -> bool:
+def fuzz(atheris: ModuleType, name: str, target: Callable[[bytes], None], seconds: int, work: Path) -> bool:
     """Run one target and say what came of it; whether nothing did."""
     from tests.fuzz.targets import seeds
 
-    grown, seeded, log = WORK / name / "corpus", WORK / name / "seeds", WORK / name / "log"
+    grown, seeded, log = work / name / "corpus", work / name / "seeds", work / name / "log"
     for directory in grown, seeded:
         directory.mkdir(parents=True, exist_ok=True)
     for source, data in seeds(name):
         (seeded / source).write_bytes(data)
     limits = f"-max_total_time={seconds}", f"-max_len={MAX_BYTES}", f"-timeout={INPUT_SECONDS}"
-    memory = f"-rss_limit_mb={MEMORY_MIB}", "-print_final_stats=1", f"-artifact_prefix={WORK / name}/"
+    memory = f"-rss_limit_mb={MEMORY_MIB}", "-print_final_stats=1", f"-artifact_prefix={work / name}/"
     words = sorted({word for _, data in seeds(name) for word in _WORD.findall(data)})
-    (WORK / name / "words").write_text("".join(f'"{word.decode()}"\n' for word in words))
+    (work / name / "words").write_text("".join(f'"{word.decode()}"\n' for word in words))
     sys.stdout.flush()
     child = os.fork()  # what is instrumented already need not be so again
     if child == 0:
         with log.open("wb") as file:
             for descriptor in 1, 2:
                 os.dup2(file.fileno(), descriptor)
-        atheris.Setup([sys.argv[0], *limits, *memory, f"-dict={WORK / name}/words", str(grown), str(seeded)], target)
+        atheris.Setup([sys.argv[0], *limits, *memory, f"-dict={work / name}/words", str(grown), str(seeded)], target)
         atheris.Fuzz()
         os._exit(1)  # it never returns
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -64,6 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make fuzz", description="Fuzz the parsers of the daemon.")
     parser.add_argument("--minutes", type=float, default=0.25, help="for each target; default 0.25")
     parser.add_argument("--target", help="one of them; default: all, one after the other")
+    parser.add_argument("--work", type=Path, default=WORK, metavar="DIR", help="where inputs are kept for the next run")
     parser.add_argument("--replay", nargs=2, metavar=("TARGET", "FILE"), help="run one input, with its traceback")
     arguments = parser.parse_args()
     if arguments.replay:
@@ -84,7 +85,7 @@ def main() -> int:
         print(f"fuzz: no target {arguments.target}; write one of {', '.join(TARGETS)}")
         return 2
     seconds = max(1, round(arguments.minutes * 60))
-    passed = [fuzz(atheris, name, TARGETS[name], seconds) for name in names]
+    passed = [fuzz(atheris, name, TARGETS[name], seconds, arguments.work.absolute()) for name in names]
     return 0 if all(passed) else 1
 
 

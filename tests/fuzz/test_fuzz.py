@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -60,10 +61,10 @@ def test_damaged_seeds_keep_every_promise(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_libfuzzer_finds_nothing_in_a_moment() -> None:
+def test_libfuzzer_finds_nothing_in_a_moment(tmp_path: Path) -> None:
     if importlib.util.find_spec("atheris") is None:
         pytest.skip("there is no atheris for this Python and machine")
-    command = [sys.executable, "-m", "tests.fuzz", "--minutes", str(FUZZ_MINUTES)]
+    command = [sys.executable, "-m", "tests.fuzz", "--minutes", str(FUZZ_MINUTES), "--work", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("nothing found") == len(TARGETS)
