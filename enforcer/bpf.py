@@ -20,6 +20,7 @@ import errno
 import hashlib
 import itertools
 import json
+import logging
 import mmap
 import os
 import resource
@@ -33,7 +34,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import kernel_abi
+from . import kernel_abi, trusted_files
 
 # enum bpf_cmd
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = 0, 1, 2, 3, 4
@@ -53,6 +54,11 @@ _ENOTSUPP = 524  # leaks out of the kernel; errno.h of user space does not know 
 _BATCH = 4096
 _LOAD_DEADLINE_SECONDS = 60
 _EVENTS_A_READ = 512
+# Of the child that loads. What root's shell happens to have (TMPDIR, BCC_*, LIBBPF_*, LD_*, PYTHON*) is not for it.
+LOADER_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+_REPORT_FIELDS = "ids"  # what reports have learned to say: those of an earlier version are not ours to adopt
+
+log = logging.getLogger("registry-enforcer")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint)
@@ -100,6 +106,7 @@ class LoadReport:
     clock: int  # time.CLOCK_*: what "now" is in the maps and events of this build
     programs: Mapping[str, str]  # name -> the C function that the verifier accepted for it (NAME or NAME_pidns)
     refused: Mapping[str, str]  # C function -> the verifier's last lines
+    ids: Mapping[str, int]  # maps/NAME, programs/NAME -> the kernel's id of what was pinned there
     seconds: float  # of the load
     peak_kib: int  # resident memory of the child that loaded
 
@@ -168,6 +175,11 @@ def _object_info(fd: int, size: int) -> bytes:
     info = bytearray(size)
     call(_GET_INFO, packed("IIQ", fd, size, address(info)))
     return bytes(info)
+
+
+def object_id(fd: int) -> int:
+    """The kernel's id of a map or program (struct bpf_map_info and bpf_prog_info begin alike)."""
+    return int(struct.unpack_from("=II", _object_info(fd, 8))[1])
 
 
 def _program(fd: int, name: str) -> Program:
@@ -397,7 +409,18 @@ def ensure_bpffs(path: Path) -> bool:
             )
         mounted = True
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_owner(path)
     return mounted
+
+
+def _check_owner(path: Path) -> None:
+    """BpfError if others could have pinned what is below `path`: a bpffs is writable for all unless its mount says no,
+    and so anybody may have made our directory first."""
+    try:
+        with trusted_files.directory(path):
+            pass
+    except trusted_files.UntrustedError as error:
+        raise BpfError(f"{error}, or name another --bpffs") from None
 
 
 def _on_bpffs(path: Path) -> bool:
@@ -438,7 +461,12 @@ def load(bpffs: Path, *, loader: Loader = Loader.LIBBPF, inputs: list[Path] | No
     inputs = inputs or build_inputs(loader)
     generation = bpffs / f"generation-{_digest(loader, inputs)}"
     if (generation / "report").exists():
-        return read_report(generation)
+        try:
+            report = read_report(generation)
+            with KernelState(report):
+                return report
+        except (ForeignPinError, OSError, ValueError, TypeError, KeyError) as error:
+            log.warning("the BPF pins at %s are not adopted, and loaded anew: %s", generation, error)
     _remove_generation(generation)  # half of one: a loader, or its removal, was killed
     try:
         _run_loader(loader, generation, inputs)
@@ -502,7 +530,7 @@ def raise_memlock() -> None:
 
 
 def _digest(loader: Loader, inputs: list[Path]) -> str:
-    digest = hashlib.sha256(f"{loader.value}\n{kernel_abi.render_shared_header()}".encode())
+    digest = hashlib.sha256(f"{loader.value}\n{_REPORT_FIELDS}\n{kernel_abi.render_shared_header()}".encode())
     headers = sorted(inputs[0].parent.glob("*.h")) if loader is Loader.BCC else []
     for path in inputs + headers:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -515,6 +543,7 @@ def _run_loader(loader: Loader, into: Path, inputs: list[Path]) -> None:
         child = subprocess.run(
             command,
             cwd=Path(__file__).parent.parent,
+            env=LOADER_ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -565,6 +594,8 @@ def remove(bpffs: Path, cgroup: Path | None) -> list[Path]:
     tc filters hold programs of their own: they stay until they are deleted.
     """
     removed = []
+    if bpffs.is_dir():
+        _check_owner(bpffs)
     if cgroup is not None and any(bpffs.glob(f"generation-*/programs/{_STAMP}*")):
         _remove_stamps(cgroup)
     for directory in bpffs / "links", bpffs / "attached":
@@ -601,8 +632,15 @@ def _remove_tree(top: Path) -> list[Path]:
 
 
 # --- what is loaded --------------------------------------------------------------------------------------------------
+class ForeignPinError(BpfError):
+    """A pin is not what was pinned there when its generation was loaded."""
+
+
 class KernelState:
-    """Maps and programs of one generation, by name. Closing it ends nothing in the kernel."""
+    """Maps and programs of one generation, by name. Closing it ends nothing in the kernel.
+
+    ForeignPinError if something else stands in for one of them, or one is missing.
+    """
 
     def __init__(self, report: LoadReport) -> None:
         self.report = report
@@ -614,6 +652,11 @@ class KernelState:
                 self.maps[path.name] = BpfMap(self._open(path), path.name)
             for path in sorted((report.generation / "programs").iterdir()):
                 self.programs[path.name] = _program(self._open(path), path.name)
+            found = {f"maps/{name}": each.id for name, each in self.maps.items()}
+            found |= {f"programs/{name}": each.id for name, each in self.programs.items()}
+            # The kernel never gives an id twice before it has given four billion others.
+            if wrong := sorted(name for name, _ in found.items() ^ report.ids.items()):
+                raise ForeignPinError(f"{', '.join(dict.fromkeys(wrong))} below {report.generation} was replaced")
         except BaseException:
             self.close()
             raise

@@ -259,8 +259,10 @@ def load_and_pin(loader: bpf.Loader, into: Path, inputs: list[Path]) -> None:
     legacy = not bpf.has_ring_buffer()
     clock = time.CLOCK_MONOTONIC if legacy else time.CLOCK_BOOTTIME
     unit: Unit = BccUnit(inputs[0], legacy) if loader is bpf.Loader.BCC else LibbpfUnit(inputs[legacy])
+    ids: dict[str, int] = {}
     for name, fd in unit.maps.items():
         bpf.pin(fd, into / "maps" / name)
+        ids[f"maps/{name}"] = bpf.object_id(fd)
     programs: dict[str, str] = {}
     refused: dict[str, str] = {}
     # A variant before the plain program, which is not needed where the variant loads; last what replaces the connect
@@ -276,6 +278,7 @@ def load_and_pin(loader: bpf.Loader, into: Path, inputs: list[Path]) -> None:
             refused[symbol] = str(refusal)
             continue
         bpf.pin(fd, into / "programs" / name)
+        ids[f"programs/{name}"] = bpf.object_id(fd)
         os.close(fd)
         programs[name] = symbol
     facts = {
@@ -283,6 +286,7 @@ def load_and_pin(loader: bpf.Loader, into: Path, inputs: list[Path]) -> None:
         "clock": clock,
         "programs": programs,
         "refused": refused,
+        "ids": ids,
         "seconds": round(time.monotonic() - started, 3),
         "peak_kib": _peak_kib(),
     }

@@ -78,7 +78,6 @@ RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFR
 RESOLVE_CONCURRENCY = 16
 RESOLVE_PAUSE_SECONDS = 0.1  # of each of them between two names: spares the resolvers when a policy has thousands
 FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
-SCRAPE_DEADLINE_SECONDS = 5.0
 CGROUP_ATTEMPTS = 5  # at a text that names cgroups
 NANOSECONDS = 1_000_000_000
 
@@ -188,6 +187,7 @@ class Enforcement:
         self.plan: topology.AttachmentPlan | None = None
         self.ask_again = asyncio.Event()  # set: the policy or the resolvers changed, ask for every exact name now
         self.metrics = metrics.Metrics(self._snapshot_for_scrape)
+        self.metrics_server: metrics.Server | None = None  # None: nobody is to be served
         self.auditor = auditing.Auditor(audit_log, kernel, cgroup, self._known_name)
         self.reports: nflog.RefusalReader | None = None  # None: the kernel reports no refused packets
         self._audit_log = audit_log
@@ -982,6 +982,9 @@ class Enforcement:
                 "clients": len(self._responder),
                 "answers": sorted(way.value for way in self._redirected),
             },
+            "metrics": None
+            if self.metrics_server is None
+            else {"address": self.metrics_server.served_at, "problem": self.metrics_server.problem},
             "resolvers": [str(address) for address in self.resolvers],
             "unlearnable_resolvers": [{"address": str(address), "why": why} for address, why in self.plan.unlearnable],
             "interfaces": [
@@ -1045,12 +1048,10 @@ class Enforcement:
         }
 
     def _snapshot_for_scrape(self) -> metrics.Snapshot:
-        """Called in the metrics server's thread; the state belongs to the loop's."""
-
-        async def snapshot() -> metrics.Snapshot:
+        try:
             return self._snapshot()
-
-        return asyncio.run_coroutine_threadsafe(snapshot(), self._loop).result(SCRAPE_DEADLINE_SECONDS)
+        except (nft.NftError, bpf.BpfError, OSError) as error:
+            raise metrics.SnapshotError(str(error)) from None
 
 
 def _cgroup_key(cgroup: procfs.Cgroup) -> bytes:

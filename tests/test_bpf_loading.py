@@ -265,6 +265,74 @@ def test_same_build_is_adopted_with_what_its_maps_hold(bpffs: Path, unit: Inputs
         assert {program.id for program in state.programs.values()} == ids
 
 
+def pin_a_map_like(state: KernelState, path: Path) -> None:
+    like = state.maps["names"]
+    no_preallocation = 1  # BPF_F_NO_PREALLOC, which an LPM trie wants
+    layout = bpf.packed("IIIII", like.type, like.key_size, like.value_size, like.max_entries, no_preallocation)
+    fd = bpf.call(bpf._MAP_CREATE, layout)
+    bpf.pin(fd, path)
+    os.close(fd)
+
+
+def pin_another_program(state: KernelState, path: Path) -> None:
+    bpf.pin(state.programs["gate"].fd, path)
+
+
+@pytest.mark.parametrize(
+    ("place", "replace"),
+    [
+        ("maps/names", pin_a_map_like),
+        ("programs/learn", pin_another_program),
+        ("programs/learn", lambda _state, _path: None),
+        ("programs/of_mine", pin_another_program),
+    ],
+    ids=["map", "program", "missing", "additional"],
+)
+def test_pins_that_were_replaced_are_not_adopted(
+    bpffs: Path,
+    unit: Inputs,
+    caplog: pytest.LogCaptureFixture,
+    place: str,
+    replace: Callable[[KernelState, Path], None],
+) -> None:
+    inputs = unit(Loader.LIBBPF)
+    with KernelState(bpf.load(bpffs, inputs=inputs)) as state:
+        state.maps["names"].update(names_key("registry.test"), name_rule(7))
+        path = state.report.generation / place
+        path.unlink(missing_ok=True)
+        replace(state, path)
+        with pytest.raises(bpf.ForeignPinError, match=place):
+            KernelState(state.report)
+    again = bpf.load(bpffs, inputs=inputs)
+    assert not again.adopted
+    assert f"{place} below" in caplog.text
+    with KernelState(again) as state:
+        assert state.maps["names"].lookup(names_key("registry.test")) is None
+    assert bpf.load(bpffs, inputs=inputs).adopted
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o777], ids=["of another", "of all"])
+def test_a_directory_that_somebody_else_made_first_is_not_used_nor_cleared(bpffs: Path, mode: int) -> None:
+    path = bpffs / "registry-enforcer"
+    path.mkdir()
+    path.chmod(mode)
+    os.chown(path, 65_533 if mode == 0o700 else 0, -1)
+    victim = bpffs / "victim"
+    (victim / "maps").mkdir(parents=True)
+    (path / "generation-0").symlink_to(victim)
+    for use in (lambda: bpf.ensure_bpffs(path), lambda: bpf.remove(path, NO_CGROUP)):
+        with pytest.raises(bpf.BpfError, match=rf"{path} .*; ch(own|mod) .*, or name another --bpffs"):
+            use()
+    assert (victim / "maps").is_dir()
+    path.chmod(0o700)
+    os.chown(path, 0, -1)
+    (path / "generation-0").unlink()
+    assert not bpf.ensure_bpffs(path)
+    path.rmdir()
+    (victim / "maps").rmdir()
+    victim.rmdir()
+
+
 def test_another_build_is_loaded_beside_and_only_the_old_one_removed(bpffs: Path, unit: Inputs) -> None:
     old = bpf.load(bpffs, inputs=unit(Loader.LIBBPF))
     new = bpf.load(bpffs, loader=Loader.BCC, inputs=unit(Loader.BCC))
@@ -347,6 +415,23 @@ def test_objects_of_an_installed_package_come_before_those_of_a_checkout(
         for name in "enforcer.bpf.o", "enforcer-legacy.bpf.o":
             (tmp_path / directory / name).touch()
         assert bpf.build_inputs(Loader.LIBBPF)[0] == tmp_path / directory / "enforcer.bpf.o"
+
+
+@pytest.mark.parametrize("loader", Loader)
+def test_loader_has_nothing_of_our_environment(
+    bpffs: Path, unit: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: Loader
+) -> None:
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    marker = tmp_path / "marker"
+    (hostile / "sitecustomize.py").write_text(f"open({str(marker)!r}, 'w')")
+    for name in ("PYTHONPATH", "PATH", "TMPDIR", "LD_LIBRARY_PATH", "BCC_KERNEL_SOURCE", "LIBBPF_LOG_LEVEL"):
+        monkeypatch.setenv(name, str(hostile))
+    assert bpf.load(bpffs, loader=loader, inputs=unit(loader)).programs
+    assert not marker.exists()
+    assert list(hostile.iterdir()) == [hostile / "sitecustomize.py"]
+    subprocess.run([sys.executable, "-c", ""], check=True)
+    assert marker.exists()
 
 
 def test_file_that_is_no_object_is_named(bpffs: Path, tmp_path: Path) -> None:
