@@ -102,6 +102,10 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             reader = stack.enter_context(bpf.EventReader(kernel.maps["events"]))
             loop.add_reader(reader.fileno(), enforcement.take_events, reader)
             stack.callback(loop.remove_reader, reader.fileno())
+            if enforcement.guard is not None:
+                endings = stack.enter_context(bpf.EventReader(kernel.maps["endings"]))
+                loop.add_reader(endings.fileno(), enforcement.guard.take, endings)
+                stack.callback(loop.remove_reader, endings.fileno())
         else:
             enforcement.listen(_open_ears(stack, enforcement, kernel))
         if cgroup is not None:

@@ -59,6 +59,7 @@ class Snapshot:
     learned: Mapping[str, int]  # by family: ipv4, ipv6
     refused: Mapping[tuple[str, str], int]  # by (scope, protocol)
     observed: Mapping[tuple[str, str], int]  # the same in observe mode: what enforcement would have refused
+    guarded: Mapping[str, int]  # by outcome; empty without a guard
     events_lost: int
     audit_dropped: Mapping[str, int]  # by where they got lost
 
@@ -138,6 +139,14 @@ class Metrics(Collector):
             for (scope, protocol), count in counts.items():
                 metric.add_metric([scope, protocol], count)
             yield metric
+        guarded = CounterMetricFamily(
+            "enforcer_guarded_connections",
+            "Connections whose first bytes, or first packet, the guard of the uplinks has judged, by what it said.",
+            labels=["outcome"],
+        )
+        for outcome, count in now.guarded.items():
+            guarded.add_metric([outcome], count)
+        yield guarded
         yield CounterMetricFamily(
             "enforcer_kernel_events_lost",
             "Learning packets whose copy did not reach the daemon; it reads what they taught from the kernel instead.",

@@ -187,6 +187,7 @@ class Reason(enum.Enum):
     UNLISTED_NAME = "unlisted-name"
     UNLISTED_ADDRESS = "unlisted-address"  # no rule lists it, and no trusted answer for a listed name held it
     UNLISTED_PORT = "unlisted-port"  # a rule has the name or address, on other ports
+    UNNAMED = "unnamed"  # the address was opened by a name, and the client asked for none there, or hid it
 
     @property
     def allows(self) -> bool:
