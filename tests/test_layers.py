@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "enforcer"
 
 CORE = {
     *("kernel_abi", "toml_lines", "policy", "dns_answer", "learned", "ruleset", "advice", "topology", "attribution"),
-    *("denial", "audit_record", "revocation", "nfnetlink", "ladder", "overhearing"),
+    *("denial", "audit_record", "revocation", "nfnetlink", "ladder", "overhearing", "catalogue"),
 }
 SHELL = {
     *("bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver", "state"),
@@ -51,7 +51,7 @@ CORE_IMPORTS = {
 OWNED_IMPORTS = {
     "dns": {"dns_answer"},
     "idna": {"policy"},
-    "importlib.resources": {"policy"},  # the presets, part of the program
+    "importlib.resources": {"policy", "catalogue"},  # the presets and the catalogue, parts of the program
     "bcc": {"bpf_loader"},  # 76 MB: only in the child process that ends
     "nftables": {"nft"},
     "prometheus_client": {"metrics"},
