@@ -150,8 +150,8 @@ def _check(arguments: argparse.Namespace) -> int:
         _print_json(facts)
     else:
         print(
-            f"{checked.source}: ok: {facts['registries']} registries and {facts['destinations']} other destinations, "
-            f"{facts['names']} names, mode {facts['mode']}"
+            f"{checked.source}: ok: {facts['registries']} registries, {facts['destinations']} other destinations and "
+            f"{facts['proxies']} proxies, {facts['names']} names, mode {facts['mode']}"
         )
         for warning in (*advice.warnings(checked), *_refused_here(arguments.file)):
             print(f"{checked.source}: note: {warning}")
@@ -206,7 +206,11 @@ def _status(arguments: argparse.Namespace) -> int:
         return EXIT_OK
     facts = status["policy"]
     print(f"{status['state']}: mode {facts['mode']}, policy {facts['source']} ({facts['digest'][:12]})")
-    print(f"  {facts['registries']} registries, {facts['destinations']} other destinations, {facts['names']} names")
+    print(
+        f"  {facts['registries']} registries, {facts['destinations']} other destinations, {facts['proxies']} proxies, "
+        f"{facts['names']} names"
+    )
+    print(f"  scopes: {', '.join(f'{scope} {level}' for scope, level in facts['scope'].items())}")
     print(f"resolvers: {', '.join(status['resolvers']) or 'none: nothing can be learned'}")
     if status["metrics"] and status["metrics"]["problem"]:
         print(f"metrics are not served: {status['metrics']['problem']}")

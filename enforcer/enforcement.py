@@ -112,14 +112,15 @@ ReadPolicy = Callable[[], Policy]  # raises PolicyError
 # --- what the commands share -----------------------------------------------------------------------------------------
 def policy_facts(policy: Policy) -> dict[str, Any]:
     """What `check` and `status` say of a policy."""
-    destinations = sum(rule.kind is RuleKind.DESTINATION for rule in policy.rules)
+    kinds = collections.Counter(rule.kind for rule in policy.rules)
     return {
         "source": policy.source,
         "digest": policy.digest,
         "organization": policy.organization,
         "mode": policy.mode.value,
-        "registries": len(policy.rules) - destinations,
-        "destinations": destinations,
+        "registries": kinds[RuleKind.REGISTRY] + kinds[RuleKind.PRESET],
+        "destinations": kinds[RuleKind.DESTINATION],
+        "proxies": kinds[RuleKind.PROXY],
         "names": sum(len(rule.hosts) for rule in policy.rules),
         "ports": list(policy.ports),
         "scope": {

@@ -12,18 +12,24 @@ file, the line, what is wrong and what to write instead.
     name = "ecr"
     account = "123456789012"
     region = ["eu-west-1", "us-east-1"]
-    [scope]                                 # "strict": unlisted destinations on registry ports are refused; or "off"
-    containers = "strict"
+    [scope]                                 # "strict": unlisted destinations on registry ports are refused;
+    containers = "strict"                   # "registries": only what is recognised as a registry is; or "off"
     engines = "strict"
-    host = "off"                            # "strict" unless written otherwise where the host is WSL 2
+    host = "registries"                     # "strict" unless written otherwise where the host is WSL 2
     [[registry]]
     name = "corp"
     hosts = ["registry.corp.example", "*.blobs.corp.example"]
     ports = [443, 8443]                     # default [443]
     addresses = ["10.20.0.0/16"]            # reachable without a DNS answer; hosts or addresses, or both
-    [[destination]]                         # not a registry, yet reachable on registry ports
+    verify = "name"                         # clients must name a host of a rule (SNI, Host) where a name led them;
+                                            # "address": for clients that send no SNI, they may say what they like
+    [[destination]]                         # not a registry, yet reachable on registry ports; verify as above
     name = "mirror"
     hosts = ["packages.corp.example"]       # ports: by default the registry ports
+    [[proxy]]                               # a forward proxy: reachable, and what it is asked for must be allowed
+    name = "corp-proxy"
+    hosts = ["proxy.corp.example"]          # hosts or addresses, or both
+    ports = [3128]                          # no default
     [resolvers]
     trusted = ["auto"]                      # "auto": whatever this host uses; or addresses
     [refusal]
@@ -73,18 +79,28 @@ class Mode(enum.Enum):
 
 
 class Level(enum.Enum):
-    """How much of one scope's traffic the policy judges."""
+    """How much of one scope's traffic the policy judges; from the strictest to the most lenient."""
 
     STRICT = "strict"  # any unlisted destination on a registry port is refused
+    REGISTRIES = "registries"  # only what is recognised as a registry that no rule lists: honest clients are told
     OFF = "off"  # not judged
 
 
 class RuleKind(enum.Enum):
-    """Where a rule comes from; it decides which ports are its default and whether private addresses count."""
+    """Where a rule comes from; it decides which ports are its default, whether private addresses count, and what its
+    names permit."""
 
     REGISTRY = "registry"  # the operator's own [[registry]]
     PRESET = "preset"  # a host list that ships with the program
     DESTINATION = "destination"  # not a registry, yet reachable on registry ports
+    PROXY = "proxy"  # a forward proxy: reachable, while its own name permits nothing that clients may ask for
+
+
+class Verify(enum.Enum):
+    """What a client has to say on a TCP connection to an address that a rule's names opened."""
+
+    NAME = "name"  # its first bytes name an allowed host, by SNI or Host: a shared address opens allowed names only
+    ADDRESS = "address"  # whatever it likes, nothing included: a shared address opens every name behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +129,9 @@ class Rule:
     kind: RuleKind
     hosts: tuple[HostPattern, ...]
     ports: tuple[int, ...]  # ascending, distinct; never empty
-    addresses: tuple[Network, ...] = ()  # reachable without a DNS answer
+    # Reachable without a DNS answer. No name led there, so none is asked for, and UDP may go there (not to a proxy).
+    addresses: tuple[Network, ...] = ()
+    verify: Verify = Verify.NAME  # of a proxy always NAME, and then of what the proxy is asked for
 
     @property
     def private_addresses(self) -> bool:
@@ -132,7 +150,8 @@ class Scope:
     @property
     def strictest(self) -> Level:
         """What holds for traffic whose scope is not known."""
-        return Level.STRICT if Level.STRICT in (self.containers, self.engines, self.host) else Level.OFF
+        levels = (self.containers, self.engines, self.host)
+        return next(level for level in Level if level in levels)  # Level is in this order
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +194,13 @@ class Policy:
     digest: str  # SHA-256 of the text, hex
     refusal: RefusalText = RefusalText()
     audit_file: Path | None = None  # beside standard output
+
+    @property
+    def proxy_addresses(self) -> Iterator[tuple[Network, int]]:
+        """Every listed (network, port) at which a forward proxy answers."""
+        for rule in self.rules:
+            if rule.kind is RuleKind.PROXY:
+                yield from itertools.product(rule.addresses, rule.ports)
 
 
 class Reason(enum.Enum):
@@ -229,7 +255,7 @@ RULE_PORTS: tuple[int, ...] = (443,)
 
 _DEFAULT = 'presets = ["docker-hub"]\n'
 _TOP_KEYS = ("organization", "contact", "mode", "ports", "presets", "preset", "scope", "registry", "destination",
-             "resolvers", "refusal", "audit")  # fmt: skip
+             "proxy", "resolvers", "refusal", "audit")  # fmt: skip
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 # Underscores are no host name's (RFC 952), but occur in DNS names that engines do ask for.
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
@@ -363,7 +389,7 @@ def _toml(text: str, source: str) -> Table:
 def _policy(document: Table, source: str, digest: str, wsl: bool) -> Policy:
     table = _table(document, *_TOP_KEYS)
     ports = _read(table, "ports", _ports, REGISTRY_PORTS)
-    scope = functools.partial(_scope, host_default=Level.STRICT if wsl else Level.OFF)
+    scope = functools.partial(_scope, host_default=Level.STRICT if wsl else Level.REGISTRIES)
     return Policy(
         organization=_read(table, "organization", _sentence, "your organization"),
         contact=_read(table, "contact", _sentence, "your administrator"),
@@ -582,11 +608,13 @@ def _absolute_path(value: object) -> str:
 
 def _rules(table: Table, registry_ports: tuple[int, ...]) -> tuple[Rule, ...]:
     placed: list[tuple[Rule, tuple[str | int, ...]]] = list(_preset_rules(table))
-    for key, kind, ports in (
-        ("registry", RuleKind.REGISTRY, RULE_PORTS),
-        ("destination", RuleKind.DESTINATION, registry_ports),
-    ):
-        rules = _list(table, key, functools.partial(_rule, kind=kind, default_ports=ports), f"[[{key}]]")
+    readers: tuple[tuple[str, Callable[[object], Rule]], ...] = (
+        ("registry", functools.partial(_rule, kind=RuleKind.REGISTRY, default_ports=RULE_PORTS)),
+        ("destination", functools.partial(_rule, kind=RuleKind.DESTINATION, default_ports=registry_ports)),
+        ("proxy", _proxy),
+    )
+    for key, reader in readers:
+        rules = _list(table, key, reader, f"[[{key}]]")
         placed += [(rule, (key, position, "name")) for position, rule in enumerate(rules)]
     names: set[str] = set()
     patterns: set[HostPattern] = set()
@@ -604,17 +632,45 @@ def _rules(table: Table, registry_ports: tuple[int, ...]) -> tuple[Rule, ...]:
 
 
 def _rule(value: object, kind: RuleKind, default_ports: tuple[int, ...]) -> Rule:
-    table = _table(value, "name", "hosts", "ports", "addresses")
+    table = _table(value, "name", "hosts", "ports", "addresses", "verify")
     rule = Rule(
         name=_require(table, "name", _rule_name, '"corp"'),
         kind=kind,
-        hosts=tuple(dict.fromkeys(_list(table, "hosts", _host, 'hosts = ["registry.example.com"]'))),
+        hosts=_hosts(table, "registry.example.com"),
         ports=_read(table, "ports", _ports, default_ports),
-        addresses=tuple(dict.fromkeys(_list(table, "addresses", _network, 'addresses = ["10.20.0.0/16"]'))),
+        addresses=_addresses(table, "10.20.0.0/16"),
+        verify=_read(table, "verify", _choice(Verify), Verify.NAME),
     )
     if not rule.hosts and not rule.addresses:
         raise _UnplacedError(f"{_shown(rule.name)} permits nothing", 'add hosts = ["registry.example.com"]')
+    if not rule.hosts and "verify" in table:
+        raise _UnplacedError(
+            "verify says nothing without hosts", "remove it: at listed addresses clients may name any host"
+        ).inside("verify")
     return rule
+
+
+def _proxy(value: object) -> Rule:
+    # No verify: whoever may ask a proxy for anything may reach everything.
+    table = _table(value, "name", "hosts", "ports", "addresses")
+    rule = Rule(
+        name=_require(table, "name", _rule_name, '"corp-proxy"'),
+        kind=RuleKind.PROXY,
+        hosts=_hosts(table, "proxy.example.com"),
+        ports=_require(table, "ports", _ports, "[3128]"),
+        addresses=_addresses(table, "10.20.0.7"),
+    )
+    if not rule.hosts and not rule.addresses:
+        raise _UnplacedError(f"{_shown(rule.name)} is nowhere", 'add hosts = ["proxy.example.com"]')
+    return rule
+
+
+def _hosts(table: Table, example: str) -> tuple[HostPattern, ...]:
+    return tuple(dict.fromkeys(_list(table, "hosts", _host, f'hosts = ["{example}"]')))
+
+
+def _addresses(table: Table, example: str) -> tuple[Network, ...]:
+    return tuple(dict.fromkeys(_list(table, "addresses", _network, f'addresses = ["{example}"]')))
 
 
 def _rule_name(value: object) -> str:
@@ -830,8 +886,10 @@ class NameIndex:
         return tuple({rule.name: rule for rule, _ in self.covering(name)}.values())
 
     def judge(self, name: str, port: int) -> Verdict:
-        """What the policy says to a registry port of `name`, whatever its addresses are."""
-        rules = self.match(name)
+        """What the policy says to a client that names a host and port (by SNI, Host or CONNECT), whatever the
+        addresses of `name` are. That a forward proxy has the name says nothing here: it is where to ask, not for what.
+        """
+        rules = [rule for rule in self.match(name) if rule.kind is not RuleKind.PROXY]
         for rule in rules:
             if port in rule.ports:
                 return Verdict(rule.name, Reason.LISTED_NAME)
@@ -849,20 +907,50 @@ class NamePermission:
     ports: tuple[int, ...]  # of all rules that cover the pattern; ascending, the MAX_PORTS_PER_NAME lowest
     private_addresses: bool  # only if every one of those rules allows them: the kernel permits no more than Python
     rules: tuple[str, ...]  # their names, the most specific pattern's first
+    # Of `ports`, which together they make up; one port may be in each of these.
+    named_ports: frozenset[int]  # clients may name it with: those of rules other than proxies
+    address_ports: frozenset[int]  # clients may say what they like at its addresses: some rule's verify says so
+    proxy_ports: frozenset[int]  # a forward proxy answers at its addresses: what it is asked for is judged
+
+    @property
+    def verify_address(self) -> bool:
+        """Whether some port of its addresses is for clients that name no host."""
+        return bool(self.address_ports)
+
+    @property
+    def proxy(self) -> bool:
+        """Whether a forward proxy answers at some port of its addresses."""
+        return bool(self.proxy_ports)
 
 
 def name_permissions(policy: Policy) -> Iterator[NamePermission]:
     """One permission for each distinct pattern of the policy."""
     index = NameIndex(policy)
-    combined: dict[tuple[str, ...], tuple[tuple[int, ...], bool]] = {}  # of 100,000 names few rules are the sources
+    combined: dict[tuple[str, ...], NamePermission] = {}  # of 100,000 names few rules are the sources
     for pattern in dict.fromkeys(host for rule in policy.rules for host in rule.hosts):
         rules = {rule.name: rule for rule, _ in index.covering(pattern.name, wildcard=pattern.wildcard)}
         names = tuple(rules)
         if names not in combined:
-            ports = sorted({port for rule in rules.values() for port in rule.ports})
-            private_addresses = all(rule.private_addresses for rule in rules.values())
-            combined[names] = tuple(ports[:MAX_PORTS_PER_NAME]), private_addresses
-        yield NamePermission(pattern, *combined[names], names)
+            combined[names] = _combined(pattern, rules)
+        yield replace(combined[names], pattern=pattern)
+
+
+def _combined(pattern: HostPattern, rules: Mapping[str, Rule]) -> NamePermission:
+    """What `rules`, which are those that cover `pattern`, permit together."""
+    ports = tuple(sorted({port for rule in rules.values() for port in rule.ports}))[:MAX_PORTS_PER_NAME]
+
+    def of(which: Callable[[Rule], bool]) -> frozenset[int]:
+        return frozenset(ports).intersection(port for rule in rules.values() if which(rule) for port in rule.ports)
+
+    return NamePermission(
+        pattern=pattern,
+        ports=ports,
+        private_addresses=all(rule.private_addresses for rule in rules.values()),
+        rules=tuple(rules),
+        named_ports=of(lambda rule: rule.kind is not RuleKind.PROXY),
+        address_ports=of(lambda rule: rule.verify is Verify.ADDRESS),
+        proxy_ports=of(lambda rule: rule.kind is RuleKind.PROXY),
+    )
 
 
 def pattern_id(pattern: HostPattern) -> int:

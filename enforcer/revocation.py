@@ -70,6 +70,6 @@ def _judges_more(before: Policy, after: Policy) -> bool:
     scopes = zip(*((p.scope.containers, p.scope.engines, p.scope.host) for p in (before, after)), strict=True)
     return (
         before.mode is Mode.OBSERVE
-        or any(old is Level.OFF and new is Level.STRICT for old, new in scopes)
+        or any(old is not Level.STRICT and new is Level.STRICT for old, new in scopes)
         or not set(after.ports) <= set(before.ports)
     )

@@ -2,8 +2,9 @@
 
 Absence of permission is refusal. What leaves this host through an interface that is not known to be internal, on a
 registry port, in a scope that the policy judges, needs one of three permissions: an address that a trusted DNS answer
-taught (sets `learned4` and `learned6`), an address that the policy names, or the vouching bit that BPF set in the mark
-(TCP only: on an unconnected UDP socket the mark lags one packet behind the destination).
+taught (sets `learned4` and `learned6`), an address that the policy names, or the vouching bit that BPF set in the mark.
+UDP needs the second: nobody can check the server name of QUIC, and on an unconnected socket the mark lags one packet
+behind the destination.
 
 Every text here is one transaction, and every one may be applied over what is there: the table's rules are replaced as
 a whole while learned elements and counters stay, and no packet meets a half-built table.
@@ -24,7 +25,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network, collapse_addresses
 
 from enforcer.kernel_abi import MARK_SCOPE_MASK, MARK_VOUCHED, MarkedScope, Protocol
 from enforcer.ladder import AUDIT_GROUP, Capabilities, Feature, Origin
-from enforcer.policy import Address, Level, Mode, Network, Policy, Rule
+from enforcer.policy import Address, Level, Mode, Network, Policy, Rule, RuleKind
 
 TABLE = "registry_enforcer"  # family inet
 BASE_CHAINS = ("forward", "output", "postrouting")
@@ -340,8 +341,9 @@ def _judges(policy: Policy, capabilities: Capabilities) -> str:
 
 def _permitted(policy: Policy, capabilities: Capabilities) -> Iterator[str]:
     if capabilities.remembers:
-        yield "ip daddr . th dport @learned4 accept"
-        yield "ip6 daddr . th dport @learned6 accept"
+        yield "# What a name taught is for TCP: which host behind the address QUIC asks for cannot be read."
+        yield "ip daddr . tcp dport @learned4 accept"
+        yield "ip6 daddr . tcp dport @learned6 accept"
     if capabilities.marked:
         yield "# BPF vouches for the first packets, before the sets hold the address. Never for UDP: on an unconnected"
         yield "# socket the mark is that of the packet before."
@@ -538,8 +540,9 @@ def render_removal() -> str:
 def _judge(
     mode: Mode, capabilities: Capabilities, level: Level, scope: CountedScope, out_of_scope: Iterable[str]
 ) -> Iterator[str]:
-    if level is Level.OFF:
-        yield "accept # off in the policy"
+    if level is not Level.STRICT:
+        elsewhere = ", and BPF refuses what it recognises as one" if level is Level.REGISTRIES else ""
+        yield f"accept # {level.value} in the policy{elsewhere}"
         return
     features = capabilities.features
     yield from out_of_scope
@@ -569,6 +572,7 @@ def _only(origins: Collection[Origin], among: Collection[Origin] = frozenset(Ori
 
 def _rule_addresses(rule: Rule, capabilities: Capabilities) -> Iterator[str]:
     comment = f"{rule.kind.value} {_printable(rule.name)}"[:_COMMENT_BYTES]
+    transport = "tcp" if rule.kind is RuleKind.PROXY else "th"
     # nft takes overlapping networks for a mistake ("conflicting intervals").
     ipv4 = collapse_addresses(network for network in rule.addresses if isinstance(network, IPv4Network))
     ipv6 = collapse_addresses(network for network in rule.addresses if isinstance(network, IPv6Network))
@@ -580,7 +584,7 @@ def _rule_addresses(rule: Rule, capabilities: Capabilities) -> Iterator[str]:
             one_of, ports = addresses, list(map(str, rule.ports))
         for address in one_of:
             for port in ports:
-                yield f'{keyword} daddr {address} th dport {port} accept comment "{comment}"'
+                yield f'{keyword} daddr {address} {transport} dport {port} accept comment "{comment}"'
 
 
 def _other_ports(protocol: str, ports: Iterable[int], capabilities: Capabilities) -> Iterator[str]:

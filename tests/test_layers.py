@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "enforcer"
 
 CORE = {
     *("kernel_abi", "toml_lines", "policy", "dns_answer", "learned", "ruleset", "advice", "topology", "attribution"),
-    *("denial", "audit_record", "revocation", "nfnetlink", "ladder", "overhearing", "trusted_files"),
+    *("denial", "audit_record", "revocation", "nfnetlink", "ladder", "overhearing", "trusted_files", "catalogue"),
 }
 SHELL = {
     *("bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver", "state"),
@@ -25,6 +25,7 @@ TOP = {
     "daemon",
     "enforcement",
     "auditing",
+    "guarding",
     "without_bpf",
     "doctor",
     "cli",
@@ -51,7 +52,7 @@ CORE_IMPORTS = {
 OWNED_IMPORTS = {
     "dns": {"dns_answer"},
     "idna": {"policy"},
-    "importlib.resources": {"policy"},  # the presets, part of the program
+    "importlib.resources": {"policy", "catalogue"},  # the presets and the catalogue, parts of the program
     "bcc": {"bpf_loader"},  # 76 MB: only in the child process that ends
     "nftables": {"nft"},
     "prometheus_client": {"metrics"},

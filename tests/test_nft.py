@@ -32,7 +32,7 @@ import pytest
 from enforcer.kernel_abi import MARK_VOUCHED, MarkedScope, Protocol
 from enforcer.ladder import Feature
 from enforcer.nft import Counter, Nft, NftError
-from enforcer.policy import Level, Mode, Policy, Scope
+from enforcer.policy import Level, Mode, Policy, RuleKind, Scope
 from enforcer.ruleset import (
     TABLE,
     CountedScope,
@@ -566,10 +566,28 @@ def test_address_of_the_policy_is_reached_on_the_rules_ports(host: Host, plan: P
 @pytest.mark.parametrize("size", [100, 4000], ids=["whole", "fragmented"])
 def test_forwarded_udp_is_prohibited_at_once_so_that_quic_falls_back(host: Host, plan: Plan, size: int) -> None:
     host.learn(plan.good)
+    host.enforce(replace(DEFAULT, rules=(rule("corp", plan.static),)))
     assert udp(host.lab.box, plan.evil, size=size) is Outcome.PROHIBITED
     assert host.packets(CountedScope.CONTAINER, Protocol.UDP) == 1
-    assert udp(host.lab.box, plan.good, size=size) is Outcome.OPEN
+    assert udp(host.lab.box, plan.static, size=size) is Outcome.OPEN
     assert udp(host.lab.box, plan.evil, 8000, size=size) is Outcome.OPEN
+
+
+def test_what_a_name_taught_is_for_tcp_and_a_listed_address_for_udp_too(host: Host, plan: Plan) -> None:
+    host.learn(plan.good)
+    host.enforce(replace(DEFAULT, rules=(rule("corp", plan.static),)))
+    assert tcp(host.lab.box, plan.good) is Outcome.OPEN
+    assert udp(host.lab.box, plan.good) is Outcome.PROHIBITED
+    assert udp(host.lab.box, plan.static) is Outcome.OPEN
+
+
+def test_a_listed_proxy_is_reached_by_tcp_on_its_port_and_no_other(host: Host, plan: Plan) -> None:
+    host.enforce(replace(ALL_STRICT, rules=(rule("proxy", plan.static, kind=RuleKind.PROXY, ports=(5000,)),)))
+    assert tcp(host.lab.box, plan.static, 5000) is Outcome.OPEN
+    assert udp(host.lab.box, plan.static, 5000) is Outcome.PROHIBITED
+    assert tcp(host.lab.box, plan.static) is Outcome.RESET
+    assert tcp(host.lab.host, plan.static, 5000, MarkedScope.ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, 5000, MarkedScope.ENGINE) is Outcome.RESET
 
 
 def test_unknown_interface_is_an_uplink_until_it_is_known_to_be_internal(host: Host, plan: Plan) -> None:
@@ -625,7 +643,9 @@ def test_local_socket_of_a_strict_scope_is_refused(host: Host, plan: Plan, mark:
     assert counted[counter_name(Mode.ENFORCE, SCOPES[mark], Protocol.TCP)] == Counter(1, 80 if ":" in plan.evil else 60)
     host.learn(plan.good)
     assert tcp(host.lab.host, plan.good, mark=mark) is Outcome.OPEN
-    assert udp(host.lab.host, plan.good, mark=mark) is Outcome.OPEN
+    assert udp(host.lab.host, plan.good, mark=mark) is Outcome.PROHIBITED
+    host.enforce(replace(ALL_STRICT, rules=(rule("corp", plan.static),)))
+    assert udp(host.lab.host, plan.static, mark=mark) is Outcome.OPEN
 
 
 @pytest.mark.parametrize(
@@ -635,9 +655,11 @@ def test_local_socket_of_a_strict_scope_is_refused(host: Host, plan: Plan, mark:
         (MarkedScope.ENGINE, Scope(containers=Level.STRICT, engines=Level.OFF, host=Level.STRICT)),
         (MarkedScope.CONTAINER, Scope(containers=Level.OFF, engines=Level.STRICT, host=Level.STRICT)),
         (MarkedScope.UNSTAMPED, Scope(containers=Level.OFF, engines=Level.OFF, host=Level.OFF)),
+        (MarkedScope.HOST, Scope(containers=Level.STRICT, engines=Level.STRICT, host=Level.REGISTRIES)),
+        (MarkedScope.UNSTAMPED, Scope(containers=Level.OFF, engines=Level.OFF, host=Level.REGISTRIES)),
     ],
 )
-def test_local_socket_of_a_scope_that_is_off_is_not_judged(
+def test_local_socket_of_a_scope_that_is_not_strict_is_not_judged_here(
     host: Host, plan: Plan, mark: MarkedScope, scope: Scope
 ) -> None:
     host.enforce(ALL_STRICT)
@@ -780,13 +802,13 @@ def test_established_connection_survives_withdrawal_and_reload_and_a_new_one_doe
 
 
 def test_udp_is_refused_as_soon_as_its_permission_is_gone(host: Host, plan: Plan) -> None:
-    host.learn(plan.good)
+    host.enforce(replace(DEFAULT, rules=(rule("corp", plan.good),)))
     with opened(host.lab.box, socket.SOCK_DGRAM, plan.good) as client:
         client.connect((plan.good, 443))
         for _ in range(2):
             client.send(b"permitted")
             assert client.recv(100) == b"permitted"
-        host.withdraw(plan.good)
+        host.enforce(DEFAULT)
         client.send(b"not permitted")
         with pytest.raises(OSError, match=r"No route to host|Permission denied"):
             client.recv(100)
@@ -827,22 +849,21 @@ def test_observe_mode_lets_through_and_counts_once(host: Host, plan: Plan) -> No
 class Prober(threading.Thread):
     """Connects again and again, from the container and from the host, and keeps what is not as expected."""
 
-    def __init__(self, lab: Lab, address: str, expected: Outcome) -> None:
+    def __init__(self, lab: Lab, address: str, over_tcp: Outcome, over_udp: Outcome) -> None:
         super().__init__(daemon=True)
         self.rounds = 0
         self.surprises: list[tuple[str, Outcome]] = []  # (which probe, what came)
         self._stop_asked = threading.Event()
-        self._probes: dict[str, Callable[[], Outcome]] = {
-            "forwarded TCP": lambda: tcp(lab.box, address),
-            "engine's TCP": lambda: tcp(lab.host, address, mark=MarkedScope.ENGINE),
-            "forwarded UDP": lambda: udp(lab.box, address),
+        self._probes: dict[str, tuple[Outcome, Callable[[], Outcome]]] = {
+            "forwarded TCP": (over_tcp, lambda: tcp(lab.box, address)),
+            "engine's TCP": (over_tcp, lambda: tcp(lab.host, address, mark=MarkedScope.ENGINE)),
+            "forwarded UDP": (over_udp, lambda: udp(lab.box, address)),
         }
-        self._expected = {expected, Outcome.PROHIBITED} if expected is Outcome.RESET else {expected}
 
     def run(self) -> None:
         while not self._stop_asked.is_set():
-            found = {name: probe() for name, probe in self._probes.items()}
-            self.surprises += [(name, came) for name, came in found.items() if came not in self._expected]
+            found = [(name, expected, probe()) for name, (expected, probe) in self._probes.items()]
+            self.surprises += [(name, came) for name, expected, came in found if came is not expected]
             self.rounds += 1
 
     def __enter__(self) -> Self:
@@ -855,19 +876,23 @@ class Prober(threading.Thread):
 
 
 def test_reload_and_refresh_under_traffic_lose_nothing_and_open_nothing(host: Host, plan: Plan) -> None:
+    listing = replace(DEFAULT, rules=(rule("corp", plan.static),))
     host.learn(plan.good)
+    host.enforce(listing)
     with (
-        Prober(host.lab, plan.good, Outcome.OPEN) as good,
-        Prober(host.lab, plan.box2, Outcome.OPEN) as internal,
-        Prober(host.lab, plan.evil, Outcome.RESET) as evil,
+        Prober(host.lab, plan.good, Outcome.OPEN, Outcome.PROHIBITED) as good,
+        Prober(host.lab, plan.static, Outcome.OPEN, Outcome.OPEN) as listed,
+        Prober(host.lab, plan.box2, Outcome.OPEN, Outcome.OPEN) as internal,
+        Prober(host.lab, plan.evil, Outcome.RESET, Outcome.PROHIBITED) as evil,
     ):
         for turn in range(100):
-            host.enforce(ALL_STRICT if turn % 2 else DEFAULT)
+            host.enforce(replace(listing, scope=ALL_STRICT.scope) if turn % 2 else listing)
             host.learn(plan.good)
-        until(lambda: min(good.rounds, internal.rounds, evil.rounds) > 50, 20)
+        until(lambda: min(good.rounds, listed.rounds, internal.rounds, evil.rounds) > 50, 20)
         for _ in range(100):
             host.learn(plan.good)
-            host.enforce(DEFAULT)
+            host.enforce(listing)
     assert good.surprises == []
+    assert listed.surprises == []
     assert internal.surprises == []
     assert evil.surprises == []

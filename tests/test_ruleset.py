@@ -64,6 +64,12 @@ POLICIES = {
             rule("mirror", "192.0.2.7", kind=RuleKind.DESTINATION),
         ),
     ),
+    "registries": replace(DEFAULT, scope=Scope(Level.STRICT, Level.STRICT, Level.REGISTRIES)),
+    "proxy": replace(
+        DEFAULT,
+        scope=Scope(Level.REGISTRIES, Level.REGISTRIES, Level.OFF),
+        rules=(rule("corp-proxy", "10.30.0.7", "2001:db8::30/127", kind=RuleKind.PROXY, ports=(3128, 8080)),),
+    ),
     "hostile-names": replace(
         DEFAULT, rules=(rule(HOSTILE_NAME, "10.0.0.0/8"),), source=HOSTILE_NAME, digest=HOSTILE_NAME
     ),

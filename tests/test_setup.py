@@ -528,5 +528,5 @@ def test_wheel_carries_what_the_daemon_loads(tmp_path: Path) -> None:
     assert {"enforcer/cli.py", "enforcer/objects/enforcer.bpf.o", "enforcer/objects/enforcer-legacy.bpf.o"} <= names
     assert {f"enforcer/objects/bpf/{path.name}" for path in tracked("bpf/*.c", "bpf/*.h")} <= names
     assert {f"enforcer/presets/{path.name}" for path in tracked("enforcer/presets/*.toml")} <= names
-    assert "enforcer/presets/docker-hub.toml" in names
+    assert {"enforcer/presets/docker-hub.toml", "enforcer/catalogue.toml"} <= names
     assert not (tmp_path / "enforcer/objects").exists()
