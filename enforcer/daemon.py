@@ -15,7 +15,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from enforcer import bpf, control, ladder, metrics, netlink, nflog, nft, packet_socket, procfs, responder, ruleset
+from enforcer import (
+    bpf,
+    control,
+    kernel_abi,
+    ladder,
+    metrics,
+    netlink,
+    nflog,
+    nft,
+    packet_socket,
+    procfs,
+    responder,
+    ruleset,
+)
 from enforcer.audit import AuditLog
 from enforcer.enforcement import Enforcement, Options, ReadPolicy, open_authority
 from enforcer.policy import Policy
@@ -23,7 +36,6 @@ from enforcer.without_bpf import MemoryState
 
 log = logging.getLogger("registry-enforcer")
 
-DEFAULT_BPFFS = Path("/sys/fs/bpf/registry-enforcer")
 HOUSEKEEPING_SECONDS = 1.0
 SAVE_SECONDS = 60.0
 
@@ -219,7 +231,7 @@ def remove(run_dir: Path, bpffs: Path | None, cgroup: Path | None) -> list[str]:
         places = json.loads((run_dir / INSTANCE_NAME).read_text())
     except (FileNotFoundError, ValueError):
         places = {}
-    bpffs = bpffs or Path(places.get("bpffs") or DEFAULT_BPFFS)
+    bpffs = bpffs or Path(places.get("bpffs") or kernel_abi.BPFFS)
     if cgroup is None:
         cgroup = Path(places["cgroup"]) if places.get("cgroup") else procfs.cgroup_root()
     removed = []
