@@ -18,6 +18,7 @@ from typing import Any
 from enforcer import (
     bpf,
     control,
+    kernel_abi,
     ladder,
     metrics,
     netlink,
@@ -36,7 +37,6 @@ from enforcer.without_bpf import MemoryState
 
 log = logging.getLogger("registry-enforcer")
 
-DEFAULT_BPFFS = Path("/sys/fs/bpf/registry-enforcer")
 HOUSEKEEPING_SECONDS = 1.0
 SAVE_SECONDS = 60.0
 
@@ -259,7 +259,7 @@ def remove(run_dir: Path, bpffs: Path | None, cgroup: Path | None) -> list[str]:
             pass
         except trusted_files.UntrustedError as error:
             raise control.RunDirectoryError(str(error)) from None
-        bpffs = bpffs or noted_bpffs or DEFAULT_BPFFS
+        bpffs = bpffs or noted_bpffs or Path(kernel_abi.BPFFS)
         cgroup = cgroup or noted_cgroup or procfs.cgroup_root()
         # The table goes last: while anything is left, what has no permission is refused.
         for interface in links.interfaces():

@@ -35,6 +35,9 @@ class MarkedScope(enum.IntEnum):
     CONTAINER = 0x60000000
 
 
+# --- places -----------------------------------------------------------------------------------------------------------
+BPFFS = "/sys/fs/bpf/registry-enforcer"  # where BPF state is pinned, unless somebody says otherwise
+
 # --- limits ----------------------------------------------------------------------------------------------------------
 MAX_WIRE_BYTES = 2048  # a DNS message that BPF reads whole; longer ones the daemon resolves itself
 MAX_NAME_BYTES = 256  # kernel: LPM_DATA_SIZE_MAX (kernel/bpf/lpm_trie.c); a name is 253 characters and a NUL
