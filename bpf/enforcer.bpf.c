@@ -122,7 +122,7 @@ int gate(struct __sk_buff *skb)
 	if (may_pass(&scratch->packet, &scratch->learned_key))
 		skb->mark |= settings->mark_vouched;
 	else if (settings->judging && is_first(&scratch->packet) &&
-		 is_refused(&scratch->learned_key, settings->mark_container, IPPROTO_TCP, settings) &&
+		 is_refused(&scratch->learned_key, SCOPE_CONTAINER, IPPROTO_TCP, settings) &&
 		 settings->judging == JUDGING_REFUSE)
 		return answer_with_reset(skb, &scratch->packet);
 	return TC_ACT_UNSPEC;
@@ -182,7 +182,8 @@ int sock_create(struct bpf_sock *socket)
 	struct settings *settings = find_settings();
 
 	if (settings && settings->configured && is_enforced_netns(bpf_get_netns_cookie(socket), settings))
-		socket->mark = (socket->mark & ~settings->mark_mask) | scope_of_current(settings, 0);
+		socket->mark =
+			(socket->mark & ~settings->mark_mask) | scope_bits(scope_of_current(settings, 0), settings);
 	return 1;
 }
 

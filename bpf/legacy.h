@@ -16,6 +16,17 @@ INLINE int stamp_socket(struct bpf_sock *socket, __u32 scope, struct settings *s
 	return 1;
 }
 
+/* The scope that a mark says; a socket that was made before the stamps has none. */
+INLINE __u32 scope_of_mark(__u32 mark, struct settings *settings)
+{
+	mark &= settings->mark_mask & ~settings->mark_vouched;
+	if (mark == settings->mark_container)
+		return SCOPE_CONTAINER;
+	if (mark == settings->mark_engine)
+		return SCOPE_ENGINE;
+	return mark == settings->mark_host ? SCOPE_HOST : SCOPE_UNSTAMPED;
+}
+
 INLINE void connect_destination(struct learned_key *key, struct bpf_sock_ops *context)
 {
 	__u32 *words = (__u32 *)key->address;
@@ -52,7 +63,7 @@ INLINE void vouch_for_connection(struct bpf_sock_ops *context, struct settings *
 		 */
 		bpf_sock_ops_cb_flags_set(context, BPF_SOCK_OPS_RTO_CB_FLAG);
 		if (settings->judging) /* to count: no answer is heeded here */
-			is_refused(&key, mark & settings->mark_mask, IPPROTO_TCP, settings);
+			is_refused(&key, scope_of_mark(mark, settings), IPPROTO_TCP, settings);
 	}
 	bpf_setsockopt(context, SOL_SOCKET_LEVEL, SO_MARK_OPTION, &mark, sizeof(mark));
 }

@@ -41,7 +41,10 @@
 #define JUDGED_REGISTRY 1
 #define JUDGED_EVERY 2
 #define NETNS_ANY 0xffffffffffffffffULL
-#define SCOPE_SHIFT 29
+#define SCOPE_UNSTAMPED 0
+#define SCOPE_HOST 1
+#define SCOPE_ENGINE 2
+#define SCOPE_CONTAINER 3
 #define SCOPES 4
 
 /* Key of `names`: a reversed, lower-case name. Exact: all of it and a NUL. Wildcard *.x: reversed x and a dot. */
@@ -197,7 +200,7 @@ struct connect_key {
 	__u8 address[16]; /* network order, IPv4 mapped */
 	__u16 port; /* host order */
 	__u16 protocol; /* IPPROTO_TCP or IPPROTO_UDP */
-	__u32 scope; /* scope bits of the mark */
+	__u32 scope; /* SCOPE_* */
 	__u32 uid; /* as the host's user namespace counts */
 };
 _Static_assert(sizeof(struct connect_key) == 28, "size of connect_key");

@@ -50,7 +50,7 @@ from enforcer import (
 from enforcer.audit import AuditLog
 from enforcer.bpf import Loader
 from enforcer.denial import Refusal
-from enforcer.kernel_abi import DnsEvent, JudgedPorts, Judging, MarkedScope, Outcome, Protocol, RangeClass
+from enforcer.kernel_abi import DnsEvent, JudgedPorts, Judging, MarkedScope, Marks, Outcome, Protocol, RangeClass
 from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, may_teach, permitted
 from enforcer.overhearing import Overhearing, Packet
 from enforcer.packet_socket import PacketSockets
@@ -119,6 +119,7 @@ def policy_facts(policy: Policy) -> dict[str, Any]:
         "destinations": destinations,
         "names": sum(len(rule.hosts) for rule in policy.rules),
         "ports": list(policy.ports),
+        "mark_mask": f"{policy.marks.mask:#010x}",
         "scope": {
             "containers": policy.scope.containers.value,
             "engines": policy.scope.engines.value,
@@ -152,6 +153,21 @@ def open_authority(policy: Policy) -> Authority | None:
         return authority.Authority(policy.refusal.ca)
     except authority.AuthorityError as error:
         raise PolicyError(policy.source, policy.refusal.ca.line, error.problem, error.advice) from None
+
+
+def keep_marks(in_force: Marks, policy: Policy) -> None:
+    """PolicyError if `policy` uses other bits of the mark than the kernel does.
+
+    Sockets carry the bits that they were stamped with until they end, and one mask's scope may be another's permission.
+    """
+    if policy.marks != in_force:
+        raise PolicyError(
+            policy.source,
+            policy.mark_line,
+            f"mark.mask is {policy.marks.mask:#010x} and open sockets carry the bits of {in_force.mask:#010x}",
+            f"write mask = {in_force.mask:#010x} below [mark], or stop the daemon, run registry-enforcer remove and "
+            "start it again",
+        )
 
 
 # --- the running daemon ----------------------------------------------------------------------------------------------
@@ -284,7 +300,7 @@ class Enforcement:
             judged = JudgedPorts.NONE
             if level is Level.STRICT:
                 judged = JudgedPorts.EVERY if scope is MarkedScope.ENGINE else JudgedPorts.REGISTRY
-            maps["levels"].update(_u32(scope >> kernel_abi.SCOPE_SHIFT), _u32(judged))
+            maps["levels"].update(_u32(scope), _u32(judged))
         maps["registry_ports"].replace_all({_u32(port): b"\1" for port in policy.ports})
         maps["listed"].replace_all(
             {
@@ -321,11 +337,7 @@ class Enforcement:
                 procfs.netns_cookie() or (0 if procfs.in_initial_netns() else kernel_abi.NETNS_ANY),
                 pidns_device,
                 pidns_inode,
-                kernel_abi.MARK_MASK,
-                kernel_abi.MARK_VOUCHED,
-                MarkedScope.HOST,
-                MarkedScope.ENGINE,
-                MarkedScope.CONTAINER,
+                *policy.marks.settings,
                 1,
                 self._judging(policy),
                 policy.mode is Mode.OBSERVE,
@@ -796,6 +808,7 @@ class Enforcement:
         try:
             policy = read_policy()
             authority = open_authority(policy)
+            keep_marks(self.policy.marks, policy)
         except PolicyError as error:
             self.metrics.reloads.labels("bad_policy").inc()
             log.error("%s: the policy in force stays", error)
