@@ -8,6 +8,7 @@
  *	gate		tc ingress of every other interface, ports of internal bridges among them
  *	connect4 ...	cgroup hooks; _pidns: where bpf_get_ns_current_pid_tgid is allowed in them (6.10)
  *	sock_create	cgroup hook: the scope of raw sockets and of first UDP packets
+ *	setsockopt	cgroup hook: keeps our bits of the mark (5.8)
  *	stamp_...	cgroup hook, and sock_ops: in place of those hooks where they may not mark (before 5.8)
  *
  * Each loads alone: where a kernel refuses one, the others still serve.
@@ -77,6 +78,8 @@ INLINE int send_event(void *context, void *event, __u32 size) { return bpf_ringb
 #include "dns.h"
 #ifdef LEGACY_KERNEL
 #include "legacy.h"
+#else
+#include "sockopt.h"
 #endif
 
 PROGRAM("tc")
@@ -186,6 +189,20 @@ int sock_create(struct bpf_sock *socket)
 			(socket->mark & ~settings->mark_mask) | scope_bits(scope_of_current(settings, 0), settings);
 	return 1;
 }
+
+#ifndef LEGACY_KERNEL
+PROGRAM("cgroup/setsockopt")
+int setsockopt(struct bpf_sockopt *context)
+{
+	return may_set(context, 0);
+}
+
+PROGRAM("cgroup/setsockopt")
+int setsockopt_pidns(struct bpf_sockopt *context)
+{
+	return may_set(context, 1);
+}
+#endif
 
 #ifdef LEGACY_KERNEL
 PROGRAM("cgroup/sock_create")

@@ -286,9 +286,7 @@ class Enforcement:
             bpf.stamp_cgroup(self._kernel.programs["stamp_host"], self._cgroup)
 
     def _write_judge(self, policy: Policy) -> None:
-        """What BPF judges by, where it does."""
-        if not self._capabilities.counts_in_bpf:
-            return
+        """What BPF judges by."""
         maps = self._kernel.maps
         levels = {
             MarkedScope.UNSTAMPED: policy.scope.strictest,
@@ -301,15 +299,16 @@ class Enforcement:
             if level is Level.STRICT:
                 judged = JudgedPorts.EVERY if scope is MarkedScope.ENGINE else JudgedPorts.REGISTRY
             maps["levels"].update(_u32(scope), _u32(judged))
-        maps["registry_ports"].replace_all({_u32(port): b"\1" for port in policy.ports})
-        maps["listed"].replace_all(
-            {
-                kernel_abi.pack_listed_key(network.network_address, network.prefixlen, port): b"\1"
-                for rule in policy.rules
-                for network in rule.addresses
-                for port in rule.ports
-            }
-        )
+        if self._capabilities.counts_in_bpf:
+            maps["registry_ports"].replace_all({_u32(port): b"\1" for port in policy.ports})
+            maps["listed"].replace_all(
+                {
+                    kernel_abi.pack_listed_key(network.network_address, network.prefixlen, port): b"\1"
+                    for rule in policy.rules
+                    for network in rule.addresses
+                    for port in rule.ports
+                }
+            )
         self._write_settings(policy)
 
     def _judging(self, policy: Policy) -> Judging:
