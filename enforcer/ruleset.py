@@ -160,7 +160,7 @@ table inet {TABLE} {{
 {_lines(_output(capabilities, responder))}
 	}}
 
-	# What output could not know: where a translated or re-routed packet of this host really leaves. Only a drop is
+{_own_mark(policy.marks, capabilities)}	# What output could not know: where a translated or re-routed packet of this host really leaves. Only a drop is
 	# possible here.
 	chain postrouting {{
 		type filter hook postrouting priority srcnat + 200; policy accept;
@@ -272,12 +272,37 @@ def _counters(capabilities: Capabilities) -> Iterator[str]:
                     yield f"counter {counter_name(mode, counted, protocol)} {{ }}"
 
 
+def _asks_sockets(capabilities: Capabilities) -> bool:
+    """Whether the table knows a socket's mark from that of its packets."""
+    return Feature.SOCKET in capabilities.features and Origin.LOCAL in capabilities.marked
+
+
+def _own_mark(marks: Marks, capabilities: Capabilities) -> str:
+    if not _asks_sockets(capabilities):
+        return ""
+    bits = [1 << number for number in range(32) if marks.mask >> number & 1]
+    rules = [f"socket mark & {bit:#010x} == {bit:#010x} meta mark set meta mark | {bit:#010x}" for bit in bits]
+    rules += [f"socket mark & {bit:#010x} == 0 meta mark set meta mark & {0xFFFFFFFF ^ bit:#010x}" for bit in bits]
+    return f"""\
+	# Our bits of the packet's mark, from its socket.
+	chain own_mark {{
+{_lines(rules)}
+	}}
+
+"""
+
+
 def _output(capabilities: Capabilities, responder: Responder | None) -> Iterator[str]:
+    if Feature.CT in capabilities.features:
+        yield "jump never_judged"
+    if _asks_sockets(capabilities):
+        yield "# A control message gives a packet another mark than its socket's, and unconnected UDP that of the packet"
+        yield "# before. Only where there is a socket: looking for one that has gone crashed kernels before 5.18."
+        yield "meta skuid >= 0 jump own_mark"
     if Feature.CT not in capabilities.features:
         yield "# Whether a packet was translated is not known, and so not where it leaves: postrouting judges."
         yield "accept"
         return
-    yield "jump never_judged"
     if responder is not None:
         yield "# A socket bound to an interface sends there what was redirected, too, and would wait for an answer."
         yield "# Over IPv6 it does: no error finds its way back to it."
