@@ -60,7 +60,7 @@ INLINE int stays_here(struct learned_key *to)
 /* Whether nothing permits this connection; counts it then. */
 INLINE int is_refused(struct learned_key *to, __u32 scope, __u32 protocol, struct settings *settings)
 {
-	__u32 number = (scope >> SCOPE_SHIFT) & (SCOPES - 1), port = to->port;
+	__u32 number = scope & (SCOPES - 1), port = to->port;
 	__u32 *level = find_level(&number);
 	__u64 *counter;
 

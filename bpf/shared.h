@@ -71,7 +71,10 @@
 #define GUARD_OUTCOMES 8
 #define ANSWERS 2
 #define NETNS_ANY 0xffffffffffffffffULL
-#define SCOPE_SHIFT 29
+#define SCOPE_UNSTAMPED 0
+#define SCOPE_HOST 1
+#define SCOPE_ENGINE 2
+#define SCOPE_CONTAINER 3
 #define SCOPES 4
 
 /* Key of `names`: a reversed, lower-case name. Exact: all of it and a NUL. Wildcard *.x: reversed x and a dot. */
@@ -241,7 +244,7 @@ struct connect_key {
 	__u8 address[16]; /* network order, IPv4 mapped */
 	__u16 port; /* host order */
 	__u16 protocol; /* IPPROTO_TCP or IPPROTO_UDP */
-	__u32 scope; /* scope bits of the mark */
+	__u32 scope; /* SCOPE_* */
 	__u32 uid; /* as the host's user namespace counts */
 };
 _Static_assert(sizeof(struct connect_key) == 28, "size of connect_key");
@@ -326,7 +329,7 @@ struct ending {
 	__u16 source_port; /* host order */
 	__u16 destination_port; /* host order */
 	__u32 interface; /* index of the uplink */
-	__u32 scope; /* scope bits of the mark */
+	__u32 scope; /* SCOPE_* */
 	__u16 name_length; /* bytes of `name` that count */
 	__u8 protocol; /* IPPROTO_TCP or IPPROTO_UDP */
 	__u8 verdict; /* GUARD_* */

@@ -52,7 +52,7 @@ from enforcer.audit_record import Kind, Report
 from enforcer.bpf import Loader
 from enforcer.denial import Refusal, host_name
 from enforcer.guarding import Guard, judged_ports, listed_map, recognises
-from enforcer.kernel_abi import DnsEvent, GuardOutcome, Judging, MarkedScope, Outcome, Protocol, RangeClass
+from enforcer.kernel_abi import DnsEvent, GuardOutcome, Judging, MarkedScope, Marks, Outcome, Protocol, RangeClass
 from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, may_teach, permitted
 from enforcer.overhearing import Overhearing, Packet
 from enforcer.packet_socket import PacketSockets
@@ -122,6 +122,7 @@ def policy_facts(policy: Policy) -> dict[str, Any]:
         "proxies": kinds[RuleKind.PROXY],
         "names": sum(len(rule.hosts) for rule in policy.rules),
         "ports": list(policy.ports),
+        "mark_mask": f"{policy.marks.mask:#010x}",
         "scope": {
             "containers": policy.scope.containers.value,
             "engines": policy.scope.engines.value,
@@ -155,6 +156,21 @@ def open_authority(policy: Policy) -> Authority | None:
         return authority.Authority(policy.refusal.ca)
     except authority.AuthorityError as error:
         raise PolicyError(policy.source, policy.refusal.ca.line, error.problem, error.advice) from None
+
+
+def keep_marks(in_force: Marks, policy: Policy) -> None:
+    """PolicyError if `policy` uses other bits of the mark than the kernel does.
+
+    Sockets carry the bits that they were stamped with until they end, and one mask's scope may be another's permission.
+    """
+    if policy.marks != in_force:
+        raise PolicyError(
+            policy.source,
+            policy.mark_line,
+            f"mark.mask is {policy.marks.mask:#010x} and open sockets carry the bits of {in_force.mask:#010x}",
+            f"write mask = {in_force.mask:#010x} below [mark], or stop the daemon, run registry-enforcer remove and "
+            "start it again",
+        )
 
 
 # --- the running daemon ----------------------------------------------------------------------------------------------
@@ -287,14 +303,13 @@ class Enforcement:
             bpf.stamp_cgroup(self._kernel.programs["stamp_host"], self._cgroup)
 
     def _write_judge(self, policy: Policy) -> None:
-        """What BPF judges by, where it does."""
-        if not self._capabilities.counts_in_bpf and self.guard is None:
-            return
+        """What BPF judges by."""
         maps = self._kernel.maps
         for scope, judged in judged_ports(policy).items():
-            maps["levels"].update(_u32(scope >> kernel_abi.SCOPE_SHIFT), _u32(judged))
-        maps["registry_ports"].replace_all({_u32(port): b"\1" for port in policy.ports})
-        maps["listed"].replace_all(listed_map(policy))
+            maps["levels"].update(_u32(scope), _u32(judged))
+        if self._capabilities.counts_in_bpf or self.guard is not None:
+            maps["registry_ports"].replace_all({_u32(port): b"\1" for port in policy.ports})
+            maps["listed"].replace_all(listed_map(policy))
         if self.guard is not None:
             self.guard.follow_policy(policy)
         self._write_settings(policy)
@@ -324,11 +339,7 @@ class Enforcement:
                 procfs.netns_cookie() or (0 if procfs.in_initial_netns() else kernel_abi.NETNS_ANY),
                 pidns_device,
                 pidns_inode,
-                kernel_abi.MARK_MASK,
-                kernel_abi.MARK_VOUCHED,
-                MarkedScope.HOST,
-                MarkedScope.ENGINE,
-                MarkedScope.CONTAINER,
+                *policy.marks.settings,
                 1,
                 self._judging(policy),
                 policy.mode is Mode.OBSERVE,
@@ -826,6 +837,7 @@ class Enforcement:
         try:
             policy = read_policy()
             authority = open_authority(policy)
+            keep_marks(self.policy.marks, policy)
         except PolicyError as error:
             self.metrics.reloads.labels("bad_policy").inc()
             log.error("%s: the policy in force stays", error)

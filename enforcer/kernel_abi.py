@@ -16,23 +16,64 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
+
 # --- marks -----------------------------------------------------------------------------------------------------------
-# Three bits of skb->mark. Clear of the bits that kube-proxy (0xC000), Tailscale (0xC0000), Calico's eBPF data plane
-# (0x1ff00000), Cilium (0x0F00) and portmap (0x2000) use.
-MARK_MASK = 0xE0000000
-MARK_SCOPE_MASK = 0x60000000
-MARK_VOUCHED = 0x80000000
-SCOPE_SHIFT = 29  # of the scope's two bits
-SCOPES = 4
-
-
 class MarkedScope(enum.IntEnum):
-    """Whose socket it is, stamped by the connect hooks into the mark; 0 is a packet that no hook has seen."""
+    """Whose socket it is, stamped by the connect hooks into the mark; 0 is a packet that no hook has seen.
 
-    UNSTAMPED = 0x00000000
-    HOST = 0x20000000
-    ENGINE = 0x40000000
-    CONTAINER = 0x60000000
+    The number of a scope is what maps hold; what a mark holds is `Marks.of` it.
+    """
+
+    UNSTAMPED = 0
+    HOST = 1
+    ENGINE = 2
+    CONTAINER = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Which three bits of skb->mark are ours: the highest vouches, the lower two are the number of a scope.
+
+    Any three, side by side or not, since others leave no other choice on some hosts. ValueError for another count.
+    """
+
+    mask: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask < 1 << 32 or self.mask.bit_count() != MARK_BITS:
+            raise ValueError(f"{self.mask:#x} is not {MARK_BITS} of 32 bits")
+
+    @property
+    def vouched(self) -> int:
+        """The bit that lets a SYN pass before the sets know its address."""
+        return 1 << self.mask.bit_length() - 1
+
+    @property
+    def scope_mask(self) -> int:
+        """The two bits of the scope."""
+        return self.mask & ~self.vouched
+
+    def of(self, scope: MarkedScope) -> int:
+        """The bits that say `scope`."""
+        low = self.scope_mask & -self.scope_mask
+        return (low if scope & 1 else 0) | (self.scope_mask & ~low if scope & 2 else 0)
+
+    def scope(self, mark: int) -> MarkedScope:
+        """The scope that a packet's mark says."""
+        return next(scope for scope in MarkedScope if self.of(scope) == mark & self.scope_mask)
+
+    @property
+    def settings(self) -> tuple[int, ...]:
+        """The fields mark_... of SETTINGS, in their order."""
+        stamped = MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER
+        return self.mask, self.vouched, *map(self.of, stamped)
+
+
+MARK_BITS = 3
+# Clear of the bits of kube-proxy (0xC000), Tailscale (0xFF0000), Calico's eBPF data plane (0x1FF00000) and portmap
+# (0x2000); other_marks has who is not.
+DEFAULT_MARKS = Marks(0xE0000000)
+SCOPES = len(MarkedScope)
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
@@ -335,7 +376,7 @@ CONNECT_KEY = Structure(
         Field("__u8", "address", 16, "network order, IPv4 mapped"),
         Field("__u16", "port", 0, "host order"),
         Field("__u16", "protocol", 0, "IPPROTO_TCP or IPPROTO_UDP"),
-        Field("__u32", "scope", 0, "scope bits of the mark"),
+        Field("__u32", "scope", 0, "SCOPE_*"),
         Field("__u32", "uid", 0, "as the host's user namespace counts"),
     ),
 )
@@ -400,7 +441,7 @@ ENDING = Structure(
         Field("__u16", "source_port", 0, "host order"),
         Field("__u16", "destination_port", 0, "host order"),
         Field("__u32", "interface", 0, "index of the uplink"),
-        Field("__u32", "scope", 0, "scope bits of the mark"),
+        Field("__u32", "scope", 0, "SCOPE_*"),
         Field("__u16", "name_length", 0, "bytes of `name` that count"),
         Field("__u8", "protocol", 0, "IPPROTO_TCP or IPPROTO_UDP"),
         Field("__u8", "verdict", 0, "GUARD_*"),
@@ -545,7 +586,7 @@ def pack_listed_key(network_address: IPv4Address | IPv6Address, prefix_length: i
 
 def pack_refusal_slot(scope: MarkedScope, protocol: Protocol, *, observing: bool) -> bytes:
     """Key of `refusals`."""
-    return struct.pack("=I", (observing * SCOPES + (scope >> SCOPE_SHIFT)) * 2 + (protocol == Protocol.UDP))
+    return struct.pack("=I", (observing * SCOPES + scope) * 2 + (protocol == Protocol.UDP))
 
 
 def pack_learned_key(address: IPv4Address | IPv6Address, port: int) -> bytes:
@@ -679,7 +720,9 @@ def render_shared_header() -> str:
         lines += [f"#define {prefix}_{member.name} {member.value}" for member in members]
     lines += [f"#define GUARD_OUTCOMES {len(GuardOutcome)}", f"#define ANSWERS {len(Answer)}"]
     lines.append(f"#define NETNS_ANY {NETNS_ANY:#x}ULL")
-    lines += [f"#define SCOPE_SHIFT {SCOPE_SHIFT}", f"#define SCOPES {SCOPES}"]
+    for scope in MarkedScope:
+        lines.append(f"#define SCOPE_{scope.name} {scope.value}")
+    lines.append(f"#define SCOPES {SCOPES}")
     for structure in STRUCTURES:
         lines += ["", f"/* {structure.meaning} */", f"struct {structure.name} {{"]
         for field in structure.fields:

@@ -37,6 +37,8 @@ file, the line, what is wrong and what to write instead.
     ca = { certificate = "/etc/registry-enforcer/ca.crt", key = "/etc/registry-enforcer/ca.key" }  # says it over TLS
     [audit]
     file = "/var/log/registry-enforcer/audit.jsonl"  # beside standard output
+    [mark]
+    mask = 0xE0000000                       # the three bits of packet marks that nobody else on this host uses
 
 Everything is optional, and what is not allowed is refused: a policy without rules refuses every registry.
 """
@@ -64,7 +66,7 @@ from typing import TypeVar
 import idna
 
 from enforcer import trusted_files
-from enforcer.kernel_abi import MAX_NAMES, MAX_PORTS_PER_NAME, MAX_RESOLVERS
+from enforcer.kernel_abi import DEFAULT_MARKS, MARK_BITS, MAX_NAMES, MAX_PORTS_PER_NAME, MAX_RESOLVERS, Marks
 from enforcer.toml_lines import line_of
 
 Address = IPv4Address | IPv6Address
@@ -194,6 +196,8 @@ class Policy:
     digest: str  # SHA-256 of the text, hex
     refusal: RefusalText = RefusalText()
     audit_file: Path | None = None  # beside standard output
+    marks: Marks = DEFAULT_MARKS
+    mark_line: int = 1  # of mark.mask, for whoever finds that it cannot be had; 1-based
 
     @property
     def proxy_addresses(self) -> Iterator[tuple[Network, int]]:
@@ -255,7 +259,7 @@ RULE_PORTS: tuple[int, ...] = (443,)
 
 _DEFAULT = 'presets = ["docker-hub"]\n'
 _TOP_KEYS = ("organization", "contact", "mode", "ports", "presets", "preset", "scope", "registry", "destination",
-             "proxy", "resolvers", "refusal", "audit")  # fmt: skip
+             "proxy", "resolvers", "refusal", "audit", "mark")  # fmt: skip
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 # Underscores are no host name's (RFC 952), but occur in DNS names that engines do ask for.
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
@@ -284,6 +288,8 @@ def parse(text: str | bytes, source: str, *, wsl: bool = False) -> Policy:
     document = _toml(text, source)
     try:
         policy = _policy(document, source, hashlib.sha256(wire).hexdigest(), wsl)
+        if policy.marks != DEFAULT_MARKS:
+            policy = replace(policy, mark_line=line_of(text, ("mark", "mask")))
         if policy.refusal.ca is None:
             return policy
         ca = replace(policy.refusal.ca, line=line_of(text, ("refusal", "ca")))
@@ -402,6 +408,7 @@ def _policy(document: Table, source: str, digest: str, wsl: bool) -> Policy:
         digest=digest,
         refusal=_read(table, "refusal", _refusal, RefusalText()),
         audit_file=_read(table, "audit", _audit_file, None),
+        marks=_read(table, "mark", _mark, DEFAULT_MARKS),
     )
 
 
@@ -597,6 +604,23 @@ def _authority_files(value: object) -> AuthorityFiles:
 def _audit_file(value: object) -> Path | None:
     path = _read(_table(value, "file"), "file", _absolute_path, None)
     return None if path is None else Path(path)
+
+
+def _mark(value: object) -> Marks:
+    return _read(_table(value, "mask"), "mask", _mask, DEFAULT_MARKS)
+
+
+def _mask(value: object) -> Marks:
+    example = f"such as {DEFAULT_MARKS.mask:#010x}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _UnplacedError(f"{_shown(value)} is not a number", f"write the mask without quotes, {example}")
+    try:
+        return Marks(value)
+    except ValueError:
+        raise _UnplacedError(
+            f"{value:#x} is not a mask of {MARK_BITS} bits",
+            f"write one with {MARK_BITS} of 32 bits set that nobody else uses, {example}",
+        ) from None
 
 
 def _absolute_path(value: object) -> str:

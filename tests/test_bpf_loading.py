@@ -576,7 +576,7 @@ def test_policy_of_100000_names_is_parsed_and_loaded_in_under_three_seconds(kern
 
 def test_packet_run_returns_verdict_mark_and_packet(kernel: KernelState) -> None:
     run = bpf.run_packet(kernel.programs["gate"], FRAME, mark=5, repeat=10)
-    assert (run.verdict, run.mark, run.packet) == (3, kernel_abi.MARK_VOUCHED | 5, FRAME)
+    assert (run.verdict, run.mark, run.packet) == (3, kernel_abi.DEFAULT_MARKS.vouched | 5, FRAME)
     assert bpf.run_packet(kernel.programs["learn"], FRAME, mark=5).mark == 5
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from enforcer import bpf, kernel_abi
 from enforcer.dns_answer import SPECIAL_RANGES
-from enforcer.kernel_abi import DnsEvent, Judging, Outcome, Protocol
+from enforcer.kernel_abi import DEFAULT_MARKS, DnsEvent, Judging, MarkedScope, Marks, Outcome, Protocol
 from enforcer.policy import Address
 from tests import dns_vectors
 from tests.kernel import packets
@@ -25,6 +25,8 @@ TC_ACT_UNSPEC = 0xFFFFFFFF
 SECOND_NS = 1_000_000_000
 # What a kernel that lets connect hooks mark is given: not what takes their place on others.
 HOOKS = [hook.name.lower() for hook in bpf.CgroupHook if hook is not bpf.CgroupHook.SOCK_OPS]
+MASK, VOUCHED = DEFAULT_MARKS.mask, DEFAULT_MARKS.vouched
+HOST, ENGINE, CONTAINER = map(DEFAULT_MARKS.of, (MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER))
 FOREIGN_MARK = 0x0000_C0DE  # bits of somebody else
 QUERY_SECONDS, FLOOR_SECONDS, CEILING_SECONDS, MARGIN_SECONDS = 10, 300, 86_400, 60
 
@@ -66,6 +68,7 @@ class Harness:
         judging: Judging = Judging.NOT,
         observing: bool = False,
         recognising: bool = False,
+        marks: Marks = DEFAULT_MARKS,
     ) -> None:
         """Writes the settings; `pidns` is (device, inode) of the host's."""
         lifetimes = (FLOOR_SECONDS, CEILING_SECONDS, MARGIN_SECONDS, query_seconds)
@@ -75,8 +78,7 @@ class Harness:
                 0x0123456789ABCDEF,
                 *(seconds * SECOND_NS for seconds in lifetimes),
                 *(netns_cookie, *pidns),
-                *(kernel_abi.MARK_MASK, kernel_abi.MARK_VOUCHED),
-                *(kernel_abi.MarkedScope.HOST, kernel_abi.MarkedScope.ENGINE, kernel_abi.MarkedScope.CONTAINER),
+                *marks.settings,
                 *(configured, judging, observing, recognising, 0),
             ),
         )

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 import pytest
 
 from enforcer import kernel_abi
-from enforcer.kernel_abi import MARK_MASK, MARK_VOUCHED, MAX_WIRE_BYTES, Outcome, Protocol
+from enforcer.kernel_abi import MAX_WIRE_BYTES, Outcome, Protocol
 from tests import dns_vectors
 from tests.dns_vectors import Vector
 from tests.kernel import packets
@@ -19,10 +19,12 @@ from tests.kernel.harness import (
     FLOOR_SECONDS,
     FOREIGN_MARK,
     MARGIN_SECONDS,
+    MASK,
     RESOLVER_V4,
     RESOLVER_V6,
     SECOND_NS,
     STRANGER,
+    VOUCHED,
     Harness,
 )
 
@@ -209,14 +211,14 @@ def test_nothing_is_learned_or_cleared_before_the_settings_are_written(harness: 
     harness.ask(PLAIN.query)
     harness.configure(configured=False)
     assert harness.learn(from_resolver(PLAIN.answer)) == []
-    assert harness.run("learn", from_resolver(PLAIN.answer), MARK_VOUCHED) == MARK_VOUCHED
+    assert harness.run("learn", from_resolver(PLAIN.answer), VOUCHED) == VOUCHED
     assert harness.learned() == {}
     harness.configure()
     assert harness.answer(PLAIN.answer) is Outcome.LEARNED
 
 
 def test_marks_from_outside_are_cleared_and_others_bits_stay(harness: Harness) -> None:
-    assert harness.run("learn", from_resolver(PLAIN.answer), MARK_MASK | FOREIGN_MARK) == FOREIGN_MARK
+    assert harness.run("learn", from_resolver(PLAIN.answer), MASK | FOREIGN_MARK) == FOREIGN_MARK
 
 
 # --- how packets are built -------------------------------------------------------------------------------------------
