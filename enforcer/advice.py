@@ -155,7 +155,9 @@ def _explain_name(
         return _unjudged(policy, name, port)
     if covering:
         rule, _ = covering[0]
-        sentence = f"{name} is allowed by {_rule(rule)} on {_ports(rule.ports)}, but not on {port}: {_refused(policy)}."
+        sentence = (
+            f"{name} is allowed by {_rule(rule)} on {_ports(rule.ports)}, but not on {port}: {_refused(policy, port)}."
+        )
         steps = (*_contact(policy), _toml_for_port(rule, name, port), *_observed(policy))
         return Explanation(name, port, Reason.UNLISTED_PORT, _names(rule for rule, _ in covering), sentence, steps)
     steps = (
@@ -165,7 +167,7 @@ def _explain_name(
         _toml_for_name(name, port),
         *_observed(policy),
     )
-    sentence = f"{name} is not listed by any rule of {policy.source}: {_refused(policy)}."
+    sentence = f"{name} is not listed by any rule of {policy.source}: {_refused(policy, port)}."
     return Explanation(name, port, Reason.UNLISTED_NAME, (), sentence, steps)
 
 
@@ -232,12 +234,12 @@ def _explain_address(policy: Policy, address: Address, port: int | None, learned
     if static or named:
         rules = dict.fromkeys([rule.name for rule, _ in static] + [entry.rule for entry in named])
         ports = {port for rule, _ in static for port in rule.ports} | {entry.port for entry in named}
-        sentence = f"{subject} is allowed on {_ports(sorted(ports))}, but not on {port}: {_refused(policy)}."
+        sentence = f"{subject} is allowed on {_ports(sorted(ports))}, but not on {port}: {_refused(policy, port)}."
         steps = (*_contact(policy), *_observed(policy))
         return Explanation(subject, port, Reason.UNLISTED_PORT, tuple(rules), sentence, steps)
     sentence = (
         f"{subject} is not listed by any rule of {policy.source}, and no listed name resolved to it: "
-        f"{_refused(policy)}."
+        f"{_refused(policy, port)}."
     )
     text = f'[[registry]]\nname = "NAME"\naddresses = ["{subject}"]{_ports_line(port)}'
     ask_name = "Where it belongs to a name, explain that: a listed name's addresses are allowed once it is resolved."
@@ -255,16 +257,18 @@ def _address(text: str) -> Address | None:
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
-def _judged(policy: Policy) -> list[str]:
-    """The scopes that are strict, as users know them."""
+def _judged(policy: Policy, port: int | None = None) -> list[str]:
+    """The scopes that are strict, as users know them; on `port`, if it is one that is judged for containers."""
     scope = policy.scope
-    levels = (("containers", scope.containers), ("engines", scope.engines), ("this host's programs", scope.host))
+    levels = [("containers", scope.containers), ("engines", scope.engines)]
+    if port is None or port in policy.ports:
+        levels.append(("this host's programs", scope.host))
     return [name for name, level in levels if level is Level.STRICT]
 
 
 def _judges(policy: Policy, port: int | None) -> bool:
     """Whether anyone is refused this port of an unlisted destination because of the port."""
-    return bool(_judged(policy)) and (port is None or port in policy.ports)
+    return bool(_judged(policy, port)) and (port is None or port in policy.container_ports)
 
 
 def _unjudged(policy: Policy, subject: str, port: int | None) -> Explanation:
@@ -279,9 +283,9 @@ def _unjudged(policy: Policy, subject: str, port: int | None) -> Explanation:
     return Explanation(subject, port, Reason.NOT_JUDGED, (), sentence, steps)
 
 
-def _refused(policy: Policy) -> str:
+def _refused(policy: Policy, port: int | None) -> str:
     verb = "would be refused" if policy.mode is Mode.OBSERVE else "is refused"
-    return f"it {verb} for {_words(_judged(policy))}"
+    return f"it {verb} for {_words(_judged(policy, port))}"
 
 
 def _observed(policy: Policy) -> tuple[str, ...]:

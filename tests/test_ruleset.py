@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from enforcer.kernel_abi import MarkedScope, Protocol
 from enforcer.ladder import Capabilities, Feature
-from enforcer.policy import HostPattern, Level, Mode, Policy, Resolvers, Rule, RuleKind, Scope
+from enforcer.policy import DnsOverTls, HostPattern, Level, Mode, Policy, Resolvers, Rule, RuleKind, Scope
 from enforcer.ruleset import (
     LEARNED_SETS,
     CountedScope,
@@ -68,6 +68,7 @@ POLICIES = {
         DEFAULT, rules=(rule(HOSTILE_NAME, "10.0.0.0/8"),), source=HOSTILE_NAME, digest=HOSTILE_NAME
     ),
     "responder": DEFAULT,
+    "responder-dns-over-tls": replace(DEFAULT, resolvers=Resolvers(True, (), DnsOverTls.REFUSE)),
     "responder-observe": replace(DEFAULT, mode=Mode.OBSERVE),
 }
 RESPONDER = Responder(942, interfaces4=frozenset({"docker0"}))
