@@ -317,12 +317,17 @@ INLINE int track_message(struct __sk_buff *skb, struct scratch *s, struct settin
 	return s->packet.protocol == IPPROTO_TCP;
 }
 
+/* Whoever is asked: a server may be trusted by the time it answers. The clients know a new resolver as soon as the
+ * daemon does, and sometimes sooner. */
 INLINE void track_queries(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
+	__u8 *trust;
 	int i;
 
-	if (s->packet.destination_port != DNS_PORT || s->packet.fragment ||
-	    !find_resolver((void *)s->packet.destination))
+	if (s->packet.destination_port != DNS_PORT || s->packet.fragment)
+		return;
+	trust = find_resolver((void *)s->packet.destination);
+	if (trust && *trust == RESOLVER_RETIRED)
 		return;
 	s->now = now_ns();
 	s->next = s->packet.payload;
@@ -542,6 +547,7 @@ INLINE void insert_address(struct scratch *s, struct settings *settings)
 		s->step = STEP_OWNER;
 	s->permitted++;
 	known = find_learned(&s->learned_key);
+	s->learned.used_at = known ? known->used_at : 0;
 	if (known && known->expires_at > s->now) {
 		if (known->pattern_id == s->learned.pattern_id &&
 		    expires_at < known->expires_at + settings->refresh_margin)
@@ -605,18 +611,28 @@ INLINE void read_answer(struct scratch *s, struct settings *settings)
 	leave_to_daemon(s); /* more than fits */
 }
 
+/* Its question is no longer under way, and leaves the place to others. */
+INLINE void pass_over_answer(struct __sk_buff *skb, struct scratch *s)
+{
+	if (next_message(skb, s) && s->length >= DNS_HEADER_BYTES) {
+		set_query_key(s, s->packet.source, s->packet.destination, s->packet.destination_port);
+		forget_query(&s->query_key);
+	}
+	count(s, OUTCOME_UNTRUSTED);
+}
+
 INLINE void learn_answers(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
 	int i;
 
 	if (s->packet.source_port != DNS_PORT)
 		return;
+	s->next = s->packet.payload;
 	if (!find_resolver((void *)s->packet.source)) {
-		count(s, OUTCOME_UNTRUSTED);
+		pass_over_answer(skb, s);
 		return;
 	}
 	s->now = now_ns();
-	s->next = s->packet.payload;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < MAX_MESSAGES; i++) {
 		FORGET();

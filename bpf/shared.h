@@ -16,6 +16,7 @@
 #define MAX_REGISTRY_PORTS 1024
 #define MAX_LISTED 16384
 #define MAX_CONNECTS 8192
+#define USE_GRAIN_SECONDS 1
 #define EVENT_BYTES 1048576
 #define COMM_BYTES 16
 
@@ -33,6 +34,9 @@
 
 #define RANGE_NEVER 1
 #define RANGE_PRIVATE 2
+
+#define RESOLVER_TRUSTED 1
+#define RESOLVER_RETIRED 2
 
 #define JUDGING_NOT 0
 #define JUDGING_COUNT 1
@@ -129,10 +133,12 @@ _Static_assert(__builtin_offsetof(struct learned_key, padding) == 18, "learned_k
 struct learned_value {
 	__u64 expires_at; /* nanoseconds, clock of this build; later: no permission */
 	__u64 pattern_id; /* the pattern that taught it last */
+	__u64 used_at; /* when a connection went there, to USE_GRAIN_SECONDS, same clock; 0: never */
 };
-_Static_assert(sizeof(struct learned_value) == 16, "size of learned_value");
+_Static_assert(sizeof(struct learned_value) == 24, "size of learned_value");
 _Static_assert(__builtin_offsetof(struct learned_value, expires_at) == 0, "learned_value.expires_at");
 _Static_assert(__builtin_offsetof(struct learned_value, pattern_id) == 8, "learned_value.pattern_id");
+_Static_assert(__builtin_offsetof(struct learned_value, used_at) == 16, "learned_value.used_at");
 
 /* The one value of `settings`; all zero (not configured) means: learn nothing, vouch for nothing. */
 struct settings {

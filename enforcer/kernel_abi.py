@@ -56,6 +56,7 @@ LIFETIME_FLOOR_SECONDS = 300  # a learned address lives max(TTL, this): clients 
 LIFETIME_CEILING_SECONDS = 86_400
 REFRESH_MARGIN_SECONDS = 60  # a repeated answer that extends the lifetime by less is not reported again
 QUERY_WINDOW_SECONDS = 10  # an answer later than this after its query teaches nothing
+USE_GRAIN_SECONDS = 1  # how exactly `learned_value.used_at` is kept: a busy connection does not write it at each packet
 
 
 class Outcome(enum.IntEnum):
@@ -78,6 +79,13 @@ class RangeClass(enum.IntEnum):
 
     NEVER = 1  # loopback, link-local, multicast, unspecified, this host's own
     PRIVATE = 2  # only for names the operator wrote
+
+
+class ResolverTrust(enum.IntEnum):
+    """Value of the `resolvers` map; a server that is not in it is not trusted."""
+
+    TRUSTED = 1
+    RETIRED = 2  # this host's until a moment ago: answers the questions that are under way, and no new ones
 
 
 class Judging(enum.IntEnum):
@@ -221,6 +229,7 @@ LEARNED = Structure(
     (
         Field("__u64", "expires_at", 0, "nanoseconds, clock of this build; later: no permission"),
         Field("__u64", "pattern_id", 0, "the pattern that taught it last"),
+        Field("__u64", "used_at", 0, "when a connection went there, to USE_GRAIN_SECONDS, same clock; 0: never"),
     ),
 )
 SETTINGS = Structure(
@@ -306,6 +315,7 @@ _LIMITS = (
     "MAX_REGISTRY_PORTS",
     "MAX_LISTED",
     "MAX_CONNECTS",
+    "USE_GRAIN_SECONDS",
     "EVENT_BYTES",
     "COMM_BYTES",
 )
@@ -439,6 +449,9 @@ def render_shared_header() -> str:
     lines.append("")
     for range_class in RangeClass:
         lines.append(f"#define RANGE_{range_class.name} {range_class.value}")
+    lines.append("")
+    for trust in ResolverTrust:
+        lines.append(f"#define RESOLVER_{trust.name} {trust.value}")
     lines.append("")
     for judging in Judging:
         lines.append(f"#define JUDGING_{judging.name} {judging.value}")

@@ -16,6 +16,7 @@ Addresses are the 16 bytes of kernel_abi.pack_address. Times are nanoseconds on 
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -117,12 +118,14 @@ class Overhearing:
         self._listed = listed
         self._permissions = permissions
         self._held = held
-        self._resolvers: frozenset[bytes] = frozenset()
+        self._trusted: frozenset[bytes] = frozenset()
+        self._retired: frozenset[bytes] = frozenset()
         self._queries: OrderedDict[_QueryKey, _Query] = OrderedDict()  # least recently asked first
 
-    def trust(self, resolvers: Iterable[Address]) -> None:
-        """Questions to these count from now on, and answers of these and no others."""
-        self._resolvers = frozenset(map(pack_address, resolvers))
+    def trust(self, resolvers: Iterable[Address], retired: Iterable[Address] = ()) -> None:
+        """Answers of these count from now on and no others; of `retired` those to questions that are under way."""
+        self._trusted = frozenset(map(pack_address, resolvers))
+        self._retired = frozenset(map(pack_address, retired)) - self._trusted
 
     def __len__(self) -> int:
         """Questions under way, and those that nobody answered."""
@@ -134,13 +137,14 @@ class Overhearing:
         if segment is None:
             return []
         if packet.leaving:
-            if segment.destination_port == _DNS_PORT and segment.destination in self._resolvers:
+            # Whoever is asked: a server may be trusted by the time it answers.
+            if segment.destination_port == _DNS_PORT and segment.destination not in self._retired:
                 self._remember(packet, segment)
             return []
         if segment.source_port != _DNS_PORT:
             return []
-        if segment.source not in self._resolvers:
-            self.outcomes[Outcome.UNTRUSTED] += 1
+        if segment.source not in self._trusted | self._retired:
+            self._pass_over(packet, segment)
             return []
         events = []
         for wire, whole in _messages(packet.data, segment):
@@ -152,6 +156,12 @@ class Overhearing:
                     DnsEvent(packet.at_ns, packet.interface, whole, outcome, segment.protocol, 0, resolver, wire)
                 )
         return events
+
+    def _pass_over(self, packet: Packet, segment: _Segment) -> None:
+        """An answer that teaches nothing: its question is no longer under way, and leaves the place to others."""
+        self.outcomes[Outcome.UNTRUSTED] += 1
+        for wire, _ in itertools.islice(_messages(packet.data, segment), 1):
+            self._queries.pop(_query_key(segment, wire), None)
 
     def _remember(self, packet: Packet, segment: _Segment) -> None:
         if segment.fragment:
@@ -178,11 +188,10 @@ class Overhearing:
         """What becomes of one message of a trusted resolver, and whether the daemon has to read it."""
         if len(wire) < _HEADER.size:
             return Outcome.MALFORMED, False
-        transaction, flags, questions, _, _, _ = _HEADER.unpack_from(wire)
+        _, flags, questions, _, _, _ = _HEADER.unpack_from(wire)
         if not flags & _FLAG_ANSWER or flags & _FLAGS_OPCODE or questions != 1:
             return Outcome.MALFORMED, False
-        key = segment.protocol, segment.source, segment.destination, segment.destination_port, transaction
-        query = self._queries.pop(key, None)  # a second answer teaches nothing
+        query = self._queries.pop(_query_key(segment, wire), None)  # a second answer teaches nothing
         if query is None or now_ns - query.asked_at_ns > _QUERY_WINDOW_NS:
             return Outcome.UNSOLICITED, False
         name = _read_name(wire)
@@ -214,6 +223,11 @@ class Overhearing:
         if all(map(self._held, entries)):
             return Outcome.REPEATED, False
         return Outcome.LEARNED, True
+
+
+def _query_key(segment: _Segment, answer: bytes) -> _QueryKey:
+    """Of the question that an answer answers."""
+    return segment.protocol, segment.source, segment.destination, segment.destination_port, answer[:2]
 
 
 # --- packets ---------------------------------------------------------------------------------------------------------

@@ -129,9 +129,15 @@ class Harness:
     def learned(self) -> dict[tuple[Address, int], tuple[int, int]]:
         """(address, port) -> (expires_at, pattern_id)."""
         return {
-            kernel_abi.unpack_learned_key(key): kernel_abi.LEARNED.codec.unpack(value)
+            kernel_abi.unpack_learned_key(key): kernel_abi.LEARNED.codec.unpack(value)[:2]
             for key, value in self.state.maps["learned"].items()
         }
+
+    def used_at(self, address: Address, port: int) -> int:
+        """When a connection went to a learned address; 0: never."""
+        value = self.state.maps["learned"].lookup(kernel_abi.pack_learned_key(address, port))
+        assert value is not None
+        return int(kernel_abi.LEARNED.codec.unpack(value)[2])
 
     def addresses(self) -> set[Address]:
         """What was learned, whatever the port."""
@@ -140,7 +146,7 @@ class Harness:
     def vouch(self, address: Address, port: int, seconds: float) -> None:
         """Puts an address into `learned` that expires in `seconds`."""
         expires_at = self.state.now_ns() + int(seconds * SECOND_NS)
-        value = kernel_abi.LEARNED.codec.pack(expires_at, 0)
+        value = kernel_abi.LEARNED.codec.pack(expires_at, 0, 0)
         self.state.maps["learned"].update(kernel_abi.pack_learned_key(address, port), value)
 
     def events(self) -> Iterator[DnsEvent]:
