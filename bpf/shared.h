@@ -17,6 +17,7 @@
 #define MAX_LISTED 16384
 #define MAX_CONNECTS 8192
 #define USE_GRAIN_SECONDS 1
+#define LOOPBACK_IFINDEX 1
 #define EVENT_BYTES 1048576
 #define COMM_BYTES 16
 
@@ -88,13 +89,15 @@ struct query_key {
 	__u16 client_port; /* network order, as on the wire */
 	__u16 transaction_id; /* network order, as on the wire */
 	__u32 protocol; /* IPPROTO_UDP or IPPROTO_TCP */
+	__u32 loopback; /* 1: it left through lo, and so is answered; 0: through any other interface */
 };
-_Static_assert(sizeof(struct query_key) == 40, "size of query_key");
+_Static_assert(sizeof(struct query_key) == 44, "size of query_key");
 _Static_assert(__builtin_offsetof(struct query_key, resolver) == 0, "query_key.resolver");
 _Static_assert(__builtin_offsetof(struct query_key, client) == 16, "query_key.client");
 _Static_assert(__builtin_offsetof(struct query_key, client_port) == 32, "query_key.client_port");
 _Static_assert(__builtin_offsetof(struct query_key, transaction_id) == 34, "query_key.transaction_id");
 _Static_assert(__builtin_offsetof(struct query_key, protocol) == 36, "query_key.protocol");
+_Static_assert(__builtin_offsetof(struct query_key, loopback) == 40, "query_key.loopback");
 
 /* Value of `queries`. */
 struct query {

@@ -49,6 +49,7 @@ MAX_CGROUPS = 16_384
 MAX_REGISTRY_PORTS = 1_024
 MAX_LISTED = 16_384  # (network, port) that a policy names
 MAX_CONNECTS = 8_192  # each is needed for the milliseconds until its refusal is reported
+LOOPBACK_IFINDEX = 1  # of lo in every network namespace (include/net/flow.h)
 NETNS_ANY = 0xFFFFFFFFFFFFFFFF  # no kernel counts that far
 EVENT_BYTES = 1 << 20  # the ring
 COMM_BYTES = 16  # kernel: TASK_COMM_LEN
@@ -194,6 +195,7 @@ QUERY_KEY = Structure(
         Field("__u16", "client_port", 0, "network order, as on the wire"),
         Field("__u16", "transaction_id", 0, "network order, as on the wire"),
         Field("__u32", "protocol", 0, "IPPROTO_UDP or IPPROTO_TCP"),
+        Field("__u32", "loopback", 0, "1: it left through lo, and so is answered; 0: through any other interface"),
     ),
 )
 QUERY = Structure(
@@ -316,6 +318,7 @@ _LIMITS = (
     "MAX_LISTED",
     "MAX_CONNECTS",
     "USE_GRAIN_SECONDS",
+    "LOOPBACK_IFINDEX",
     "EVENT_BYTES",
     "COMM_BYTES",
 )

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from enforcer.dns_answer import ADDRESS_TYPES, DnsAnswer, DnsAnswerError, parse_answer
 from enforcer.kernel_abi import (
+    LOOPBACK_IFINDEX,
     MAX_QUERIES,
     MAX_WIRE_BYTES,
     QUERY_WINDOW_SECONDS,
@@ -97,7 +98,8 @@ class _Segment:
     fragment: bool  # more follow
 
 
-_QueryKey = tuple[Protocol, bytes, bytes, int, bytes]  # protocol, resolver, client, client's port, transaction id
+# protocol, whether through lo, resolver, client, client's port, transaction id
+_QueryKey = tuple[Protocol, bool, bytes, bytes, int, bytes]
 
 
 class Overhearing:
@@ -148,7 +150,7 @@ class Overhearing:
             return []
         events = []
         for wire, whole in _messages(packet.data, segment):
-            outcome, tell = self._judge(wire, whole, segment, packet.at_ns)
+            outcome, tell = self._judge(wire, whole, segment, packet)
             self.outcomes[outcome] += 1
             if tell:
                 resolver = unpack_address(segment.source)
@@ -161,7 +163,7 @@ class Overhearing:
         """An answer that teaches nothing: its question is no longer under way, and leaves the place to others."""
         self.outcomes[Outcome.UNTRUSTED] += 1
         for wire, _ in itertools.islice(_messages(packet.data, segment), 1):
-            self._queries.pop(_query_key(segment, wire), None)
+            self._queries.pop(_query_key(packet, segment, wire), None)
 
     def _remember(self, packet: Packet, segment: _Segment) -> None:
         if segment.fragment:
@@ -178,21 +180,22 @@ class Overhearing:
             question = _question(wire, name[1])
             if question is None:
                 continue
-            key = segment.protocol, segment.destination, segment.source, segment.source_port, transaction
+            through_lo = packet.interface == LOOPBACK_IFINDEX
+            key = segment.protocol, through_lo, segment.destination, segment.source, segment.source_port, transaction
             self._queries[key] = _Query(question, packet.at_ns)
             self._queries.move_to_end(key)
             if len(self._queries) > MAX_QUERIES:
                 self._queries.popitem(last=False)
 
-    def _judge(self, wire: bytes, whole: int, segment: _Segment, now_ns: int) -> tuple[Outcome, bool]:
+    def _judge(self, wire: bytes, whole: int, segment: _Segment, packet: Packet) -> tuple[Outcome, bool]:
         """What becomes of one message of a trusted resolver, and whether the daemon has to read it."""
         if len(wire) < _HEADER.size:
             return Outcome.MALFORMED, False
         _, flags, questions, _, _, _ = _HEADER.unpack_from(wire)
         if not flags & _FLAG_ANSWER or flags & _FLAGS_OPCODE or questions != 1:
             return Outcome.MALFORMED, False
-        query = self._queries.pop(_query_key(segment, wire), None)  # a second answer teaches nothing
-        if query is None or now_ns - query.asked_at_ns > _QUERY_WINDOW_NS:
+        query = self._queries.pop(_query_key(packet, segment, wire), None)  # a second answer teaches nothing
+        if query is None or packet.at_ns - query.asked_at_ns > _QUERY_WINDOW_NS:
             return Outcome.UNSOLICITED, False
         name = _read_name(wire)
         if name is None:
@@ -217,7 +220,7 @@ class Overhearing:
             answer = parse_answer(wire, unpack_address(segment.source))
         except DnsAnswerError:
             return Outcome.UNREADABLE, True  # no such message is known; the daemon asks for the name
-        entries = self._permissions(answer, now_ns / _NANOSECONDS)
+        entries = self._permissions(answer, packet.at_ns / _NANOSECONDS)
         if not entries:
             return Outcome.NO_ADDRESS, False
         if all(map(self._held, entries)):
@@ -225,9 +228,10 @@ class Overhearing:
         return Outcome.LEARNED, True
 
 
-def _query_key(segment: _Segment, answer: bytes) -> _QueryKey:
+def _query_key(packet: Packet, segment: _Segment, answer: bytes) -> _QueryKey:
     """Of the question that an answer answers."""
-    return segment.protocol, segment.source, segment.destination, segment.destination_port, answer[:2]
+    through_lo = packet.interface == LOOPBACK_IFINDEX
+    return segment.protocol, through_lo, segment.source, segment.destination, segment.destination_port, answer[:2]
 
 
 # --- packets ---------------------------------------------------------------------------------------------------------
