@@ -191,6 +191,14 @@ def forge(
     return {}
 
 
+def replace_file(path: str, text: str) -> Reply:
+    """Rename a new file over the one that is there."""
+    new = Path(f"{path}.new")
+    new.write_text(text)
+    new.replace(path)
+    return {}
+
+
 def send_from(source: str, source_port: int, destination: str, destination_port: int, payload: str) -> Reply:
     """Send a UDP packet from an address that need not be ours: what that takes is the right to the port alone."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:
@@ -306,7 +314,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     operation.__name__: operation
     for operation in (
         attempt, ask, connect, connect_each, exchange, flood, flood_names, forge, hang_up, hold, http_get, probe_start,
-        probe_stop, resolve, send_datagram, send_from, send_packet, talk,
+        probe_stop, replace_file, resolve, send_datagram, send_from, send_packet, talk,
     )
 }  # fmt: skip
 

@@ -468,6 +468,9 @@ def systemd(lab: Lab, address: str) -> None:
     assert lab.run("host", ["sh", "-ec", script]).returncode == 0
 
 
+CHANGES: list[Callable[[Lab, str], None]] = [in_place, renamed, systemd]
+
+
 @pytest.fixture
 def _own_resolver_afterwards(lab: Lab, any_enforcer: Enforcer) -> Iterator[None]:
     yield
@@ -478,11 +481,11 @@ def _own_resolver_afterwards(lab: Lab, any_enforcer: Enforcer) -> Iterator[None]
 
 @attack("the resolver changes (DHCP, VPN): the old one goes on answering")
 @pytest.mark.usefixtures("_own_resolver_afterwards")
-@pytest.mark.parametrize("change", [in_place, renamed, systemd])
+@pytest.mark.parametrize("change", CHANGES)
 def test_new_resolver_teaches_at_once_and_the_old_one_no_more(
     enforcer: Enforcer, lab: Lab, change: Callable[[Lab, str], None]
 ) -> None:
-    n = {in_place: 100, renamed: 110, systemd: 120}[change]
+    n = 100 + 10 * CHANGES.index(change)
     enforcer.ensure(odd_policy())
     change(lab, ODD)
     poll("the old resolver", lambda: ODD in enforcer.status()["resolvers"])
@@ -500,6 +503,16 @@ def test_new_resolver_teaches_at_once_and_the_old_one_no_more(
     assert f"198.18.90.{n + 2}" not in learned(lab, enforcer, NEW)
     assert_taught_nothing(lab, f"198.18.90.{n + 2}")
     assert_reached(lab.ct.attempt(f"198.18.90.{n}"))  # for as long as its answer said
+
+
+@attack("the resolver changes: the first moment of the new one")
+@pytest.mark.usefixtures("_own_resolver_afterwards")
+def test_question_in_the_moment_of_the_change_is_learned_when_it_is_answered(enforcer: Enforcer, lab: Lab) -> None:
+    enforcer.ensure(odd_policy())
+    for turn, server in enumerate((ODD, NEW)):
+        lab.ct.call("replace_file", path="/etc/resolv.conf", text=f"nameserver {server}\n")
+        ask(lab.ct, server, name_of("slow", f"198.18.90.{140 + turn}"))
+        assert_reached(lab.ct.attempt(f"198.18.90.{140 + turn}"))
 
 
 @attack("the resolver changes: questions under way")
@@ -563,11 +576,11 @@ def small(any_enforcer: Enforcer, lab: Lab) -> Iterator[Enforcer]:
 @attack("a name flood that evicts others; memory that grows without bound under fresh names")
 def test_flood_of_fresh_allowed_names_evicts_nothing_in_use_and_cuts_nothing(small: Enforcer, lab: Lab) -> None:
     flood = functools.partial(lab.ct.call, "flood_names", server=RESOLVER, suffix="fresh.allowed.test")
-    ask(lab.ct, ODD, name_of("plain", "198.18.90.140"))  # another pattern's
+    ask(lab.ct, ODD, name_of("plain", "198.18.90.160"))  # another pattern's
     busy, idle = fresh_address(15_000), fresh_address(15_001)
     for index in 15_000, 15_001:
         ask(lab.ct, RESOLVER, fresh_name(index))
-    probers = {address: lab.agent("ct") for address in (busy, "198.18.90.140")}
+    probers = {address: lab.agent("ct") for address in (busy, "198.18.90.160")}
     for address, prober in probers.items():
         prober.call("probe_start", key="p", address=address, port=443)
     for agent in lab.ct, lab.engine:
