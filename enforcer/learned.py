@@ -187,7 +187,7 @@ class LearnedAddresses:
             if entry is None:
                 continue  # has made room
             if entry.expires_at > now:
-                self._push(entry)
+                self._push(entry, destination, holder)
             elif self._drop(destination, holder):
                 gone.append(destination)
         return tuple(gone)
@@ -214,21 +214,24 @@ class LearnedAddresses:
 
     def _hold(self, entry: LearnedAddress) -> None:
         """Hold a permission whose holder is new."""
-        holder = entry.rule, entry.pattern
-        self._holders.setdefault(entry.destination, {})[holder] = entry
-        self._waiting.setdefault(holder, OrderedDict())[entry.destination] = None
+        destination, holder = entry.destination, (entry.rule, entry.pattern)
+        self._holders.setdefault(destination, {})[holder] = entry
+        self._waiting.setdefault(holder, OrderedDict())[destination] = None
         self._permissions += 1
-        self._push(entry)
+        self._push(entry, destination, holder)
 
-    def _push(self, entry: LearnedAddress) -> None:
+    def _push(self, entry: LearnedAddress, destination: Destination, holder: Holder) -> None:
+        """Look at it when it expires. The tuples are the caller's: of 262,144 each copy would take 15 MB."""
         self._pushes += 1
-        item = entry.expires_at, self._pushes, entry.destination, (entry.rule, entry.pattern)
-        heapq.heappush(self._deadlines, item)
+        heapq.heappush(self._deadlines, (entry.expires_at, self._pushes, destination, holder))
         if len(self._deadlines) > 2 * self._permissions + _ROOM:
             # Those that made room, which else would wait for their deadlines: the flood would grow here.
             self._deadlines = [
-                (held.expires_at, number, held.destination, (held.rule, held.pattern))
-                for number, held in enumerate(self, self._pushes + 1)
+                (held.expires_at, number, place, its_holder)
+                for number, (place, its_holder, held) in enumerate(
+                    ((place, each, held) for place, holders in self._holders.items() for each, held in holders.items()),
+                    self._pushes + 1,
+                )
             ]
             heapq.heapify(self._deadlines)
             self._pushes += self._permissions

@@ -234,23 +234,19 @@ def exchange(server: str, queries: list[str], tcp: bool = False, timeout: float 
     return [answer.hex() for answer in answers]
 
 
-def flood_names(server: str, suffix: str, first: int, count: int, connect_to: int = 0) -> Reply:
-    """Ask for the addresses of `count` names, one after the other, as fast as answers come; `answers` counts those.
-
-    With a port, connect to each address that was answered.
-    """
+def flood_names(server: str, suffix: str, first: int, count: int, window: int = 32) -> Reply:
+    """Ask for `count` fresh names, `window` of them at a time; `answers` says how many came back."""
     answers = 0
     started = time.monotonic()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         asking.connect((server, 53))
         asking.settimeout(2)
-        for number in range(first, first + count):
-            asking.send(_query(f"n{number:05}.{suffix}", number & 0xFFFF))
-            answer = asking.recv(4096)
-            answers += 1
-            if connect_to:
-                with socket.create_connection((socket.inet_ntoa(answer[-4:]), connect_to), timeout=2):
-                    pass
+        for asked in range(count + window):
+            if asked < count:
+                asking.send(_query(f"n{first + asked:05}.{suffix}", asked & 0xFFFF))
+            if asked >= window:
+                asking.recv(4096)
+                answers += 1
     return {"answers": answers, "seconds": time.monotonic() - started}
 
 
