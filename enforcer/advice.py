@@ -171,7 +171,7 @@ def _explain_name(
     if covering:
         rule, _ = covering[0]
         elsewhere = f"{name} is allowed by {_rule(rule)} on {_ports(rule.ports)}"
-        sentence = f"{elsewhere}, but not on {port}: {_refused(policy, recognised)}."
+        sentence = f"{elsewhere}, but not on {port}: {_refused(policy, port, recognised)}."
         steps = (*_contact(policy), _toml_for_port(rule, name, port), *_observed(policy))
         return Explanation(name, port, Reason.UNLISTED_PORT, _names(rule for rule, _ in covering), sentence, steps)
     steps = (
@@ -182,7 +182,7 @@ def _explain_name(
         _toml_for_name(name, port),
         *_observed(policy),
     )
-    sentence = f"{name} is not listed by any rule of {policy.source}: {_refused(policy, recognised)}."
+    sentence = f"{name} is not listed by any rule of {policy.source}: {_refused(policy, port, recognised)}."
     return Explanation(name, port, Reason.UNLISTED_NAME, (), sentence, steps)
 
 
@@ -249,12 +249,12 @@ def _explain_address(policy: Policy, address: Address, port: int | None, learned
     if static or named:
         rules = dict.fromkeys([rule.name for rule, _ in static] + [entry.rule for entry in named])
         ports = {port for rule, _ in static for port in rule.ports} | {entry.port for entry in named}
-        sentence = f"{subject} is allowed on {_ports(sorted(ports))}, but not on {port}: {_refused(policy)}."
+        sentence = f"{subject} is allowed on {_ports(sorted(ports))}, but not on {port}: {_refused(policy, port)}."
         steps = (*_contact(policy), *_observed(policy))
         return Explanation(subject, port, Reason.UNLISTED_PORT, tuple(rules), sentence, steps)
     sentence = (
         f"{subject} is not listed by any rule of {policy.source}, and no listed name resolved to it: "
-        f"{_refused(policy)}."
+        f"{_refused(policy, port)}."
     )
     text = f'[[registry]]\nname = "NAME"\naddresses = ["{subject}"]{_ports_line(port)}'
     ask_name = "Where it belongs to a name, explain that: a listed name's addresses are allowed once it is resolved."
@@ -272,16 +272,19 @@ def _address(text: str) -> Address | None:
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
-def _levels(policy: Policy) -> tuple[tuple[str, Level], ...]:
-    """The scopes, as users know them."""
+def _levels(policy: Policy, port: int | None = None) -> tuple[tuple[str, Level], ...]:
+    """The scopes, as users know them; on `port`, if it is one that is judged for containers."""
     scope = policy.scope
-    return (("containers", scope.containers), ("engines", scope.engines), ("this host's programs", scope.host))
+    levels = (("containers", scope.containers), ("engines", scope.engines))
+    if port is None or port in policy.ports:
+        return (*levels, ("this host's programs", scope.host))
+    return levels
 
 
-def _judged(policy: Policy, recognised: KnownName | None = None) -> list[str]:
+def _judged(policy: Policy, port: int | None = None, recognised: KnownName | None = None) -> list[str]:
     """The scopes that are refused what no rule lists: the strict ones, and those that are refused registries."""
     judging = {Level.STRICT} if recognised is None else {Level.STRICT, Level.REGISTRIES}
-    return [name for name, level in _levels(policy) if level in judging]
+    return [name for name, level in _levels(policy, port) if level in judging]
 
 
 def _lenient(policy: Policy) -> list[str]:
@@ -302,14 +305,14 @@ def _recognition(policy: Policy, recognised: KnownName | None) -> tuple[str, ...
 
 def _judges(policy: Policy, port: int | None, recognised: KnownName | None = None) -> bool:
     """Whether anyone is refused this port of an unlisted destination because of the port."""
-    return bool(_judged(policy, recognised)) and (port is None or port in policy.ports)
+    return bool(_judged(policy, port, recognised)) and (port is None or port in policy.container_ports)
 
 
 def _unjudged(policy: Policy, subject: str, port: int | None, recognised: KnownName | None = None) -> Explanation:
     if policy.scope.strictest is Level.OFF:
         sentence = f"{subject} is not judged: every scope of {policy.source} is off."
         return Explanation(subject, port, Reason.NOT_JUDGED, (), sentence, ())
-    if not _judged(policy, recognised):
+    if not _judged(policy, port, recognised):
         lenient = _lenient(policy)
         sentence = f"{subject} is not judged: {_words(lenient)} are refused only what is recognised as a registry."
         return Explanation(subject, port, Reason.NOT_JUDGED, (), sentence, ())
@@ -321,9 +324,9 @@ def _unjudged(policy: Policy, subject: str, port: int | None, recognised: KnownN
     return Explanation(subject, port, Reason.NOT_JUDGED, (), sentence, steps)
 
 
-def _refused(policy: Policy, recognised: KnownName | None = None) -> str:
+def _refused(policy: Policy, port: int | None, recognised: KnownName | None = None) -> str:
     verb = "would be refused" if policy.mode is Mode.OBSERVE else "is refused"
-    return f"it {verb} for {_words(_judged(policy, recognised))}"
+    return f"it {verb} for {_words(_judged(policy, port, recognised))}"
 
 
 def _said_there(rules: Sequence[Rule]) -> tuple[str, ...]:

@@ -93,6 +93,7 @@ MAX_CGROUPS = 16_384
 MAX_REGISTRY_PORTS = 1_024
 MAX_LISTED = 16_384  # (network, port) that a policy names
 MAX_CONNECTS = 8_192  # each is needed for the milliseconds until its refusal is reported
+LOOPBACK_IFINDEX = 1  # of lo in every network namespace (include/net/flow.h)
 NETNS_ANY = 0xFFFFFFFFFFFFFFFF  # no kernel counts that far
 MAX_FLOWS = 65_536  # connections to learned addresses; one that is forgotten is ended with its next byte
 MAX_HELLOS = 4_096  # of these, within their ClientHello
@@ -106,6 +107,7 @@ LIFETIME_FLOOR_SECONDS = 300  # a learned address lives max(TTL, this): clients 
 LIFETIME_CEILING_SECONDS = 86_400
 REFRESH_MARGIN_SECONDS = 60  # a repeated answer that extends the lifetime by less is not reported again
 QUERY_WINDOW_SECONDS = 10  # an answer later than this after its query teaches nothing
+USE_GRAIN_SECONDS = 1  # how exactly `learned_value.used_at` is kept: a busy connection does not write it at each packet
 
 
 class Outcome(enum.IntEnum):
@@ -128,6 +130,13 @@ class RangeClass(enum.IntEnum):
 
     NEVER = 1  # loopback, link-local, multicast, unspecified, this host's own
     PRIVATE = 2  # only for names the operator wrote
+
+
+class ResolverTrust(enum.IntEnum):
+    """Value of the `resolvers` map; a server that is not in it is not trusted."""
+
+    TRUSTED = 1
+    RETIRED = 2  # this host's until a moment ago: answers the questions that are under way, and no new ones
 
 
 class Judging(enum.IntEnum):
@@ -287,6 +296,7 @@ QUERY_KEY = Structure(
         Field("__u16", "client_port", 0, "network order, as on the wire"),
         Field("__u16", "transaction_id", 0, "network order, as on the wire"),
         Field("__u32", "protocol", 0, "IPPROTO_UDP or IPPROTO_TCP"),
+        Field("__u32", "loopback", 0, "1: it left through lo, and so is answered; 0: through any other interface"),
     ),
 )
 QUERY = Structure(
@@ -322,6 +332,7 @@ LEARNED = Structure(
     (
         Field("__u64", "expires_at", 0, "nanoseconds, clock of this build; later: no permission"),
         Field("__u64", "pattern_id", 0, "the pattern that taught it last"),
+        Field("__u64", "used_at", 0, "when a connection went there, to USE_GRAIN_SECONDS, same clock; 0: never"),
         Field("__u64", "unnamed_until", 0, "as expires_at: until then nobody looks what name is asked for there"),
         Field("__u64", "proxy_until", 0, "as expires_at: until then a proxy is there"),
     ),
@@ -481,6 +492,8 @@ _LIMITS = (
     "MAX_UPLINKS",
     "MAX_CATALOGUE",
     "MAX_ANSWER_BYTES",
+    "USE_GRAIN_SECONDS",
+    "LOOPBACK_IFINDEX",
     "EVENT_BYTES",
     "ENDING_BYTES",
     "COMM_BYTES",
@@ -613,9 +626,11 @@ def decode_connect(value: bytes) -> Connect:
     return Connect(at_ns, other_at_ns, cgroup_id, process, comm.partition(b"\0")[0])
 
 
-def pack_learned(expires_ns: int, pattern_id: int, *, unnamed_until: int = 0, proxy_until: int = 0) -> bytes:
-    """Value of `learned`."""
-    return LEARNED.codec.pack(expires_ns, pattern_id, unnamed_until, proxy_until)
+def pack_learned(
+    expires_ns: int, pattern_id: int, *, used_at: int = 0, unnamed_until: int = 0, proxy_until: int = 0
+) -> bytes:
+    """Value of `learned`; nanoseconds."""
+    return LEARNED.codec.pack(expires_ns, pattern_id, used_at, unnamed_until, proxy_until)
 
 
 def pack_uplink(any_port: int, *, ethernet: bool) -> bytes:
@@ -705,6 +720,9 @@ def render_shared_header() -> str:
     lines.append("")
     for range_class in RangeClass:
         lines.append(f"#define RANGE_{range_class.name} {range_class.value}")
+    lines.append("")
+    for trust in ResolverTrust:
+        lines.append(f"#define RESOLVER_{trust.name} {trust.value}")
     lines.append("")
     for judging in Judging:
         lines.append(f"#define JUDGING_{judging.name} {judging.value}")

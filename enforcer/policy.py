@@ -32,6 +32,7 @@ file, the line, what is wrong and what to write instead.
     ports = [3128]                          # no default
     [resolvers]
     trusted = ["auto"]                      # "auto": whatever this host uses; or addresses
+    dns_over_tls = "allow"                  # "refuse": containers reach port 853 of listed destinations only
     [refusal]
     message = "{organization} does not allow {name}; ask {contact} and give reference {reference}"
     ca = { certificate = "/etc/registry-enforcer/ca.crt", key = "/etc/registry-enforcer/ca.key" }  # says it over TLS
@@ -86,6 +87,13 @@ class Level(enum.Enum):
     STRICT = "strict"  # any unlisted destination on a registry port is refused
     REGISTRIES = "registries"  # only what is recognised as a registry that no rule lists: honest clients are told
     OFF = "off"  # not judged
+
+
+class DnsOverTls(enum.Enum):
+    """What becomes of DNS over TLS and QUIC (RFC 7858, RFC 9250), from containers to servers that no rule lists."""
+
+    ALLOW = "allow"
+    REFUSE = "refuse"
 
 
 class RuleKind(enum.Enum):
@@ -162,6 +170,7 @@ class Resolvers:
 
     auto: bool  # whatever this host uses, followed as it changes
     addresses: tuple[Address, ...]  # and these
+    dns_over_tls: DnsOverTls = DnsOverTls.ALLOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +214,13 @@ class Policy:
         for rule in self.rules:
             if rule.kind is RuleKind.PROXY:
                 yield from itertools.product(rule.addresses, rule.ports)
+
+    @property
+    def container_ports(self) -> tuple[int, ...]:
+        """Where connections of containers are judged; ascending, distinct."""
+        if self.resolvers.dns_over_tls is DnsOverTls.ALLOW:
+            return self.ports
+        return tuple(sorted({*self.ports, DNS_OVER_TLS_PORT}))
 
 
 class Reason(enum.Enum):
@@ -256,6 +272,7 @@ MAX_MESSAGE_CHARACTERS = 500
 REFUSAL_PLACEHOLDERS = ("name", "address", "port", "organization", "contact", "reference")
 REGISTRY_PORTS: tuple[int, ...] = (443, 5000)
 RULE_PORTS: tuple[int, ...] = (443,)
+DNS_OVER_TLS_PORT = 853
 
 _DEFAULT = 'presets = ["docker-hub"]\n'
 _TOP_KEYS = ("organization", "contact", "mode", "ports", "presets", "preset", "scope", "registry", "destination",
@@ -395,15 +412,16 @@ def _toml(text: str, source: str) -> Table:
 def _policy(document: Table, source: str, digest: str, wsl: bool) -> Policy:
     table = _table(document, *_TOP_KEYS)
     ports = _read(table, "ports", _ports, REGISTRY_PORTS)
-    scope = functools.partial(_scope, host_default=Level.STRICT if wsl else Level.REGISTRIES)
+    read_scope = functools.partial(_scope, host_default=Level.STRICT if wsl else Level.REGISTRIES)
+    scope = _read(table, "scope", read_scope, read_scope({}))
     return Policy(
         organization=_read(table, "organization", _sentence, "your organization"),
         contact=_read(table, "contact", _sentence, "your administrator"),
         mode=_read(table, "mode", _choice(Mode), Mode.ENFORCE),
         ports=ports,
-        scope=_read(table, "scope", scope, scope({})),
+        scope=scope,
         rules=_rules(table, ports),
-        resolvers=_read(table, "resolvers", _resolvers, _resolvers({})),
+        resolvers=_read(table, "resolvers", functools.partial(_resolvers, scope=scope), Resolvers(True, ())),
         source=source,
         digest=digest,
         refusal=_read(table, "refusal", _refusal, RefusalText()),
@@ -541,8 +559,16 @@ def _scope(value: object, host_default: Level) -> Scope:
     )
 
 
-def _resolvers(value: object) -> Resolvers:
-    return _read(_table(value, "trusted"), "trusted", _trusted, Resolvers(auto=True, addresses=()))
+def _resolvers(value: object, scope: Scope) -> Resolvers:
+    table = _table(value, "trusted", "dns_over_tls")
+    dns_over_tls = _read(table, "dns_over_tls", _choice(DnsOverTls), DnsOverTls.ALLOW)
+    if dns_over_tls is DnsOverTls.REFUSE and scope.containers is Level.OFF:
+        raise _UnplacedError(
+            'dns_over_tls = "refuse" is for containers, and their scope is off',
+            'write containers = "strict" under [scope], or remove this line',
+        ).inside("dns_over_tls")
+    trusted = _read(table, "trusted", _trusted, Resolvers(auto=True, addresses=()))
+    return replace(trusted, dns_over_tls=dns_over_tls)
 
 
 def _trusted(value: object) -> Resolvers:

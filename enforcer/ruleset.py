@@ -33,6 +33,8 @@ LEARNED_SETS = ("learned4", "learned6")
 REVOKED_SETS = ("revoked4", "revoked6")
 REVOKED_SECONDS = 432_000  # nf_conntrack_tcp_timeout_established: what is silent for longer is new to the kernel
 SET_SIZE = 262_144  # elements; the kernel refuses a transaction that would exceed it
+# Twice what the memory holds: within a transaction what makes room is still there when the others come.
+LEARNED_SET_SIZE = 524_288
 LOG_PREFIX = "registry-enforcer: "
 _MARKS_NOTE = "marks_"  # and the mask: an empty chain, since every kernel has those
 _COMMENT_BYTES = 100  # nft takes 128 with the terminating NUL; the rule's kind goes before the name
@@ -229,8 +231,8 @@ def _sets(capabilities: Capabilities) -> Iterator[str]:
     dynamic = "dynamic, timeout" if Feature.DYNAMIC_SETS in capabilities.features else "timeout"
     if capabilities.remembers:
         yield "# Addresses and ports that trusted DNS answers taught, each with its own lifetime."
-        yield f"set learned4 {{ type ipv4_addr . inet_service; flags timeout; size {SET_SIZE}; }}"
-        yield f"set learned6 {{ type ipv6_addr . inet_service; flags timeout; size {SET_SIZE}; }}"
+        yield f"set learned4 {{ type ipv4_addr . inet_service; flags timeout; size {LEARNED_SET_SIZE}; }}"
+        yield f"set learned6 {{ type ipv6_addr . inet_service; flags timeout; size {LEARNED_SET_SIZE}; }}"
         yield ""
         yield "# Addresses and ports whose permission was taken back: every packet to them is judged, not the first of"
         yield "# a connection. Deleting conntrack entries instead would let the far end's next packet begin one."
@@ -368,10 +370,11 @@ def _judges(policy: Policy, capabilities: Capabilities) -> str:
     scope = policy.scope
     judge = functools.partial(_judge, policy.mode, capabilities)
     other_ports = list(_other_ports("th", policy.ports, capabilities))
+    container_other_ports = list(_other_ports("th", policy.container_ports, capabilities))
     engine_other_ports = ["tcp dport 53 accept", *_other_ports("udp", policy.ports, capabilities)]
     return f"""\
 	chain judge_container {{
-{_lines(judge(scope.containers, CountedScope.CONTAINER, other_ports))}
+{_lines(judge(scope.containers, CountedScope.CONTAINER, container_other_ports))}
 	}}
 
 	# An engine talks to registries only, on whatever port: every TCP port but DNS counts.
@@ -459,7 +462,7 @@ def _responder_chains(policy: Policy, capabilities: Capabilities, responder: Res
 		type nat hook prerouting priority dstnat + 10; policy accept;
 		meta l4proto != tcp accept
 		{_NO_SYN} accept
-		tcp dport != {_ports(policy.ports)} accept
+		tcp dport != {_ports(policy.container_ports)} accept
 		meta nfproto ipv4 iifname != @answered4 accept
 		meta nfproto ipv6 iifname != @answered6 accept
 {_lines(_seen_by_the_gate(policy.marks, capabilities))}

@@ -19,6 +19,7 @@ from enforcer.kernel_abi import DEFAULT_MARKS, MAX_NAMES, MAX_PORTS_PER_NAME, Ma
 from enforcer.policy import (
     MAX_POLICY_BYTES,
     AuthorityFiles,
+    DnsOverTls,
     HostPattern,
     Level,
     Mode,
@@ -74,6 +75,7 @@ addresses = ["10.30.0.7", "2001:db8::30/127"]
 ports = [8080, 3128]
 [resolvers]
 trusted = ["auto", "10.0.0.53"]
+dns_over_tls = "refuse"
 [refusal]
 message = "{name} is not allowed {{here}}: {contact}"
 ca = { certificate = "/etc/corp/ca.crt", key = "/etc/corp/ca.key" }
@@ -111,7 +113,8 @@ def test_a_full_policy_is_read_as_written() -> None:
     assert policy.mode is Mode.OBSERVE
     assert policy.ports == (443, 5000)
     assert policy.scope == Scope(containers=Level.STRICT, engines=Level.OFF, host=Level.REGISTRIES)
-    assert policy.resolvers == Resolvers(auto=True, addresses=(ip_address("10.0.0.53"),))
+    assert policy.resolvers == Resolvers(True, (ip_address("10.0.0.53"),), DnsOverTls.REFUSE)
+    assert policy.container_ports == (443, 853, 5000)
     assert policy.refusal.message == "{name} is not allowed {{here}}: {contact}"
     assert policy.marks == Marks(0x700)
     assert policy.mark_line == FULL.count("\n")
@@ -375,6 +378,9 @@ def test_host_names_are_normalized(written: str, pattern: str) -> None:
         ("[[registry]]\nname = 'a'\naddresses = ['fe80::1%eth0']", 3, "never occurs", "IPv6"),
         ("[[registry]]\nname = 'a'\naddresses = [10]", 3, "10 is not a string", "double quotes"),
         ("[resolvers]\ntrusted = 'auto'", 2, "not a list", 'trusted = ["auto"]'),
+        ("[resolvers]\ndns_over_tls = 'off'", 2, '"off" is not known', '"allow" or "refuse"'),
+        ("[resolvers]\ndns_over_tls = true", 2, "true is not known", '"allow" or "refuse"'),
+        ("[scope]\ncontainers = 'off'\n[resolvers]\ndns_over_tls = 'refuse'", 4, "their scope is off", '"strict"'),
         ("[resolvers]\ntrusted = []", 2, "0 resolvers", '["auto"]'),
         ("[resolvers]\ntrusted = ['dns.corp.example']", 2, "not a resolver", '"auto"'),
         ("[resolvers]\ntrusted = ['0.0.0.0']", 2, "no host's address", '"auto"'),
@@ -509,8 +515,8 @@ def test_arbitrary_text_is_a_policy_or_a_mistake(text: str | bytes) -> None:
 
 WORDS = st.sampled_from(
     ["organization", "mode", "ports", "presets", "preset", "scope", "registry", "destination", "proxy", "resolvers",
-     "name", "hosts", "verify", "registries", "addresses", "address", "trusted", "auto", "enforce", "strict", "ghcr",
-     "ecr", "account", "region", "*.example.com"]
+     "name", "hosts", "verify", "registries", "addresses", "address", "trusted", "auto", "dns_over_tls", "refuse",
+     "enforce", "strict", "ghcr", "ecr", "account", "region", "*.example.com"]
 )  # fmt: skip
 SCALARS = st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False), WORDS, st.text(max_size=20))
 VALUES = st.recursive(

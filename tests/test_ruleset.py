@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from enforcer.kernel_abi import DEFAULT_MARKS, MarkedScope, Marks, Protocol
 from enforcer.ladder import Capabilities, Feature
-from enforcer.policy import HostPattern, Level, Mode, Policy, Resolvers, Rule, RuleKind, Scope
+from enforcer.policy import DnsOverTls, HostPattern, Level, Mode, Policy, Resolvers, Rule, RuleKind, Scope
 from enforcer.ruleset import (
     LEARNED_SETS,
     CountedScope,
@@ -76,6 +76,7 @@ POLICIES = {
     ),
     "marks": replace(DEFAULT, marks=Marks(0x80000101)),
     "responder": DEFAULT,
+    "responder-dns-over-tls": replace(DEFAULT, resolvers=Resolvers(True, (), DnsOverTls.REFUSE)),
     "responder-observe": replace(DEFAULT, mode=Mode.OBSERVE),
 }
 RESPONDER = Responder(942, interfaces4=frozenset({"docker0"}))

@@ -145,6 +145,12 @@ class Harness:
             for key, value in self.state.maps["learned"].items()
         }
 
+    def used_at(self, address: Address, port: int) -> int:
+        """When a connection went to a learned address; 0: never."""
+        value = self.state.maps["learned"].lookup(kernel_abi.pack_learned_key(address, port))
+        assert value is not None
+        return int(kernel_abi.LEARNED.codec.unpack(value)[2])
+
     def addresses(self) -> set[Address]:
         """What was learned, whatever the port."""
         return {address for address, _ in self.learned()}

@@ -192,6 +192,15 @@ def test_connect_elsewhere_is_not_vouched_for_whatever_the_socket_claims(
     assert process.mark(address=address, mark=MASK | FOREIGN_MARK) == HOST | FOREIGN_MARK
 
 
+def test_connect_says_that_its_address_is_in_use(harness: Harness, process: Process) -> None:
+    harness.vouch(LEARNED[4], 443, 60)
+    harness.vouch(LEARNED[4], 5000, 60)
+    before = harness.state.now_ns()
+    process.mark()
+    assert before <= harness.used_at(LEARNED[4], 443) <= harness.state.now_ns()
+    assert harness.used_at(LEARNED[4], 5000) == 0
+
+
 def test_expired_address_is_not_vouched_for(harness: Harness, process: Process) -> None:
     harness.vouch(LEARNED[4], 443, -0.001)
     assert process.mark() == HOST

@@ -62,6 +62,20 @@ def test_expired_address_is_not_vouched_for(harness: Harness, version: int) -> N
 
 
 @both_families
+def test_packet_of_a_connection_says_that_its_address_is_in_use(harness: Harness, version: int) -> None:
+    harness.vouch(REGISTRY[version], 443, 60)
+    harness.vouch(OTHER[version], 443, -0.001)
+    before = harness.state.now_ns()
+    for address in REGISTRY[version], OTHER[version]:
+        harness.run("gate", segment(address))
+    first = harness.used_at(REGISTRY[version], 443)
+    assert before <= first <= harness.state.now_ns()
+    assert harness.used_at(OTHER[version], 443) == 0
+    harness.run("gate", segment(REGISTRY[version]))
+    assert harness.used_at(REGISTRY[version], 443) == first  # to the second
+
+
+@both_families
 def test_udp_is_never_vouched_for(harness: Harness, version: int) -> None:
     harness.vouch(REGISTRY[version], 443, 60)
     datagram = packets.udp(50_000, 443, bytes(40))

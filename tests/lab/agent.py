@@ -198,6 +198,65 @@ def forge(
     return {}
 
 
+def replace_file(path: str, text: str) -> Reply:
+    """Rename a new file over the one that is there."""
+    new = Path(f"{path}.new")
+    new.write_text(text)
+    new.replace(path)
+    return {}
+
+
+def send_from(source: str, source_port: int, destination: str, destination_port: int, payload: str) -> Reply:
+    """Send a UDP packet from an address that need not be ours: what that takes is the right to the port alone."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:
+        sending.setsockopt(socket.SOL_IP, 15, 1)  # IP_FREEBIND
+        sending.bind((source, source_port))
+        sending.sendto(bytes.fromhex(payload), (destination, destination_port))
+    return {}
+
+
+def send_packet(packet: str) -> Reply:
+    """Send a whole IPv4 packet, in hexadecimal, to where its header says."""
+    wire = bytes.fromhex(packet)
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+        raw.sendto(wire, (socket.inet_ntoa(wire[16:20]), 0))
+    return {}
+
+
+def exchange(server: str, queries: list[str], tcp: bool = False, timeout: float = 2) -> list[str]:
+    """Send DNS messages, in hexadecimal, from one socket and at once; what came back until each had an answer."""
+    wires = [bytes.fromhex(query) for query in queries]
+    answers: list[bytes] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM) as asking:
+        asking.settimeout(timeout)
+        asking.connect((server, 53))
+        if tcp:
+            asking.sendall(b"".join(struct.pack("!H", len(wire)) + wire for wire in wires))
+            with asking.makefile("rb") as stream:
+                answers = [stream.read(*struct.unpack("!H", stream.read(2))) for _ in wires]
+        else:
+            for wire in wires:
+                asking.send(wire)
+            answers = [asking.recv(65_535) for _ in wires]
+    return [answer.hex() for answer in answers]
+
+
+def flood_names(server: str, suffix: str, first: int, count: int, window: int = 32) -> Reply:
+    """Ask for `count` fresh names, `window` of them at a time; `answers` says how many came back."""
+    answers = 0
+    started = time.monotonic()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        asking.connect((server, 53))
+        asking.settimeout(2)
+        for asked in range(count + window):
+            if asked < count:
+                asking.send(_query(f"n{first + asked:05}.{suffix}", asked & 0xFFFF))
+            if asked >= window:
+                asking.recv(4096)
+                answers += 1
+    return {"answers": answers, "seconds": time.monotonic() - started}
+
+
 def flood(server: str, name: str, rate: int, seconds: float) -> Reply:
     """Ask for `name` `rate` times a second; `answers` says how many came back."""
     answers = asked = 0
@@ -257,8 +316,8 @@ def probe_stop(key: str) -> Reply:
 OPERATIONS: dict[str, Callable[..., Any]] = {
     operation.__name__: operation
     for operation in (
-        attempt, ask, connect, connect_each, flood, forge, hang_up, hold, http_get, probe_start, probe_stop,
-        resolve, send_datagram, talk,
+        attempt, ask, connect, connect_each, exchange, flood, flood_names, forge, hang_up, hold, http_get, probe_start,
+        probe_stop, replace_file, resolve, send_datagram, send_from, send_packet, talk,
     )
 }  # fmt: skip
 
