@@ -14,7 +14,7 @@ BPF_FLAGS := -target bpf -mcpu=v2 -O2 -g -Wall -Werror
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 BPF_OBJECTS := build/enforcer.bpf.o build/enforcer-legacy.bpf.o
 
-.PHONY: help setup setup-run bpf run test kernels demo bench lint wheel fresh clean
+.PHONY: help setup setup-run bpf run test kernels demo bench fuzz lint wheel fresh clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ demo: setup ## allowed and refused pulls with docker and podman, in namespaces o
 
 bench: setup ## first connections to fresh names, beside a run without enforcement
 	@$(HERE) .venv/bin/python -m tests.lab.bench
+
+fuzz: setup ## fuzz the parsers, 15 seconds each; MINUTES=5 for longer, TARGET=dns_message for one
+	@$(HERE) .venv/bin/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(TARGET),--target $(TARGET))
 
 lint: setup ## only the linters
 	@$(HERE) .venv/bin/python -m pytest -q tests/test_style.py tests/test_layers.py

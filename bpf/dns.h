@@ -533,8 +533,12 @@ INLINE void read_record(struct scratch *s, struct settings *settings)
 INLINE void insert_address(struct scratch *s, struct settings *settings)
 {
 	struct learned_value *known;
-	__u64 expires_at = s->learned.expires_at, known_until = 0;
+	__u64 expires_at = s->learned.expires_at, known_until = 0, unnamed_until = 0, proxy_until = 0;
 
+	if (s->rule.unnamed_ports >> s->port_index & 1)
+		unnamed_until = expires_at;
+	if (s->rule.proxy_ports >> s->port_index & 1)
+		proxy_until = expires_at;
 	s->learned_key.port = s->rule.ports[MASKED(s->port_index, MAX_PORTS_PER_NAME - 1)];
 	s->learned_key.padding = 0;
 	s->port_index++;
@@ -547,7 +551,13 @@ INLINE void insert_address(struct scratch *s, struct settings *settings)
 		    expires_at < known->expires_at + settings->refresh_margin)
 			return;
 		known_until = known->expires_at;
+		if (known->unnamed_until > unnamed_until)
+			unnamed_until = known->unnamed_until;
+		if (known->proxy_until > proxy_until)
+			proxy_until = known->proxy_until;
 	}
+	s->learned.unnamed_until = unnamed_until;
+	s->learned.proxy_until = proxy_until;
 	if (known_until > expires_at)
 		s->learned.expires_at = known_until; /* taught by two patterns: the longer lifetime counts here */
 	if (learn_address(&s->learned_key, &s->learned))

@@ -11,6 +11,7 @@
 #define TCP_FIN		    0x01
 #define TCP_SYN		    0x02
 #define TCP_RST		    0x04
+#define TCP_PSH		    0x08
 #define TCP_ACK		    0x10
 #define TCP_SEQUENCE_OFFSET 4
 #define TCP_CHECKSUM_OFFSET 16
@@ -63,7 +64,7 @@ INLINE int is_refused(struct learned_key *to, __u32 scope, __u32 protocol, struc
 	__u32 *level = find_level(&number);
 	__u64 *counter;
 
-	if (!level || *level == JUDGED_NONE)
+	if (!level || *level < JUDGED_REGISTRY)
 		return 0;
 	if (*level == JUDGED_EVERY && protocol == IPPROTO_TCP) {
 		if (port == DNS_PORT)

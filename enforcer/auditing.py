@@ -53,6 +53,7 @@ class _Attempt:
     container: Container | None  # as far as the process's cgroup tells it
     expires_at: float  # when it is written without a name
     refusal: Refusal | None = None
+    said: tuple[str | None, Reason] | None = None  # the guard's account: the name that was asked for
 
 
 class Auditor:
@@ -112,6 +113,17 @@ class Auditor:
             self._wake.set()
         else:
             self.unrecorded += 1
+
+    def ended(self, report: Report, name: str | None, reason: Reason) -> None:
+        """The guard has ended a connection, or in mode "observe" would have, since it asked for `name`."""
+        if report.flow in self._pending:
+            return
+        if len(self._pending) >= PENDING_ATTEMPTS:
+            self.unrecorded += 1
+            return
+        process, container = self._who(report)
+        self._pending[report.flow] = _Attempt(report, process, container, 0.0, said=(name, reason))
+        self._wake.set()
 
     def disagreed(self, detail: str) -> None:
         """BPF and the full parser did not agree about a DNS answer."""
@@ -220,6 +232,15 @@ class Auditor:
             reason=Reason.UNLISTED_PORT if known else Reason.UNLISTED_ADDRESS,
             rule=known and known[1],
         )
+        if attempt.said is not None:
+            name, reason = attempt.said
+            record = replace(
+                record,
+                name=name or record.name,
+                name_source="client" if name else record.name_source,
+                reason=reason,
+                rule=record.rule if reason is Reason.UNNAMED else None,
+            )
         if attempt.refusal is not None:
             record = self._told(record, attempt.refusal)
         self._written[report.flow] = record

@@ -11,9 +11,10 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from enforcer import (
     metrics,
     policy,
     procfs,
+    trusted_files,
 )
 
 EXIT_OK = 0
@@ -43,6 +45,7 @@ DEFAULT_RUN_DIR = Path("/run/registry-enforcer")
 DEFAULT_STATE_DIR = Path("/var/lib/registry-enforcer")
 DEFAULT_METRICS = "127.0.0.1:9742"
 FOLLOW_SECONDS = 0.5
+DESCRIPTORS = 4_096
 
 
 class UsageError(Exception):
@@ -125,18 +128,22 @@ def _complain(text: str) -> None:
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
-def _read_policy(path: Path | None) -> policy.Policy:
-    """The policy of `path`; without one the default file's, and without that the built-in default."""
+def _read_policy(path: Path | None, *, trusting: bool = False) -> policy.Policy:
+    """The policy of `path`; without one the default file's, and without that the built-in default.
+
+    PolicyError if it is wrong, or if others could have written it, unless `trusting`.
+    """
     wsl = procfs.is_wsl()
     if path is None:
-        if not DEFAULT_POLICY.exists():
+        if not (DEFAULT_POLICY.exists() or DEFAULT_POLICY.is_symlink()):
             return policy.default_policy(wsl=wsl)
         path = DEFAULT_POLICY
-    return policy.read_policy(path, wsl=wsl)
+    return policy.read_policy(path, wsl=wsl, trusting=trusting)
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    checked = _read_policy(arguments.file)
+    # A file that is named may be in somebody's checkout, on its way to a host; the default one is in force here.
+    checked = _read_policy(arguments.file, trusting=arguments.file is not None)
     enforcement.open_authority(checked)  # a PolicyError if its files are no CA
     facts = enforcement.policy_facts(checked)
     if arguments.json:
@@ -146,15 +153,34 @@ def _check(arguments: argparse.Namespace) -> int:
             f"{checked.source}: ok: {facts['registries']} registries, {facts['destinations']} other destinations and "
             f"{facts['proxies']} proxies, {facts['names']} names, mode {facts['mode']}"
         )
-        for warning in advice.warnings(checked):
+        for warning in (*advice.warnings(checked), *_refused_here(arguments.file)):
             print(f"{checked.source}: note: {warning}")
     return EXIT_OK
+
+
+def _refused_here(path: Path | None) -> Iterator[str]:
+    """Why root may not enforce by a file, however right its words are."""
+    if path is None or os.geteuid() != 0:
+        return
+    try:
+        trusted_files.read(path, 0)
+    except trusted_files.UntrustedError as error:
+        yield f"run and reload refuse this file: {error}"
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise UsageError("run changes the kernel's rules and needs root; start it with sudo")
+    os.umask(0o027)  # whatever root's shell has: what is made here is never others' to write
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # More than all bounds on clients add up to, so that no crowd of them takes what the daemon itself needs.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, DESCRIPTORS)), hard))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        with trusted_files.directory(Path(__file__).parent):
+            pass
+    except trusted_files.UntrustedError as error:
+        logging.getLogger("registry-enforcer").warning("whoever may change this program enforces: %s", error)
     started = time.monotonic()
 
     def announce(enforced: policy.Policy, details: str) -> None:
@@ -186,6 +212,8 @@ def _status(arguments: argparse.Namespace) -> int:
     )
     print(f"  scopes: {', '.join(f'{scope} {level}' for scope, level in facts['scope'].items())}")
     print(f"resolvers: {', '.join(status['resolvers']) or 'none: nothing can be learned'}")
+    if status["metrics"] and status["metrics"]["problem"]:
+        print(f"metrics are not served: {status['metrics']['problem']}")
     answers = status["responder"]["answers"] if status["responder"] else []
     print(f"told why they are refused: {' and '.join(answers) or 'no'} clients")
     for interface in status["interfaces"]:
@@ -211,7 +239,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         # A name is judged by the policy alone; what an address was learned for only the daemon knows.
         if not isinstance(subject, str):
             raise
-        explanation = enforcement.explain_by_policy(_read_policy(arguments.policy), arguments.subject)
+        explanation = enforcement.explain_by_policy(_read_policy(arguments.policy, trusting=True), arguments.subject)
         _complain("no daemon is running; this is what the policy file says")
     if arguments.json:
         _print_json(explanation)
@@ -420,8 +448,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _open_standard_streams() -> None:
+    """What is opened next would be standard output where that is closed, and audit lines would be written into it."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), descriptor)
+            setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the value is the exit code."""
+    _open_standard_streams()
     arguments = _parser().parse_args(argv)
     try:
         status = int(arguments.main(arguments))
@@ -430,7 +469,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except policy.PolicyError as error:
         # FILE:LINE: first, as compilers do, so that editors can jump there.
         print(error, file=sys.stderr)
-    except (UsageError, metrics.MetricsError, control.AlreadyRunningError, control.RequestError) as error:
+    except (
+        UsageError,
+        metrics.MetricsError,
+        control.AlreadyRunningError,
+        control.RunDirectoryError,
+        control.RequestError,
+    ) as error:
         _complain(str(error))
     except (daemon.UnsupportedHostError, bpf.BpfError) as error:
         _complain(str(error))

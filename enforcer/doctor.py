@@ -142,7 +142,7 @@ def _try_programs(bpffs: Path, findings: list[Finding], *, wsl: bool) -> tuple[f
     if takes_filters:
         findings.append(Finding("tc", State.OK, "takes programs at ingress and egress"))
     for symbol, why in report.refused.items():
-        if symbol not in report.programs and symbol.removesuffix("_pidns") not in report.programs:
+        if symbol not in report.programs and symbol.rpartition("_")[0] not in report.programs:
             findings.append(Finding(f"bpf {symbol}", State.NOTE, f"refused: {why}"))
     if wsl and "connect4" in report.programs:
         findings.append(

@@ -49,8 +49,10 @@ from enforcer import (
 )
 from enforcer.audit import AuditLog
 from enforcer.bpf import Loader
-from enforcer.denial import Refusal
-from enforcer.kernel_abi import DnsEvent, JudgedPorts, Judging, MarkedScope, Outcome, Protocol, RangeClass
+from enforcer.audit_record import Kind, Report
+from enforcer.denial import Refusal, host_name
+from enforcer.guarding import Guard, judged_ports, listed_map, recognises
+from enforcer.kernel_abi import DnsEvent, GuardOutcome, Judging, MarkedScope, Outcome, Protocol, RangeClass
 from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, may_teach, permitted
 from enforcer.overhearing import Overhearing, Packet
 from enforcer.packet_socket import PacketSockets
@@ -62,8 +64,10 @@ from enforcer.policy import (
     NameIndex,
     Policy,
     PolicyError,
+    Reason,
     Rule,
     RuleKind,
+    Verify,
     name_permissions,
     pattern_id,
 )
@@ -78,7 +82,6 @@ RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFR
 RESOLVE_CONCURRENCY = 16
 RESOLVE_PAUSE_SECONDS = 0.1  # of each of them between two names: spares the resolvers when a policy has thousands
 FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
-SCRAPE_DEADLINE_SECONDS = 5.0
 CGROUP_ATTEMPTS = 5  # at a text that names cgroups
 NANOSECONDS = 1_000_000_000
 
@@ -160,7 +163,12 @@ def name_map(policy: Policy) -> dict[bytes, bytes]:
     """What BPF's `names` holds under `policy`."""
     return {
         kernel_abi.pack_name_key(entry.pattern.name, wildcard=entry.pattern.wildcard): kernel_abi.pack_name_rule(
-            pattern_id(entry.pattern), entry.ports, private_addresses=entry.private_addresses
+            pattern_id(entry.pattern),
+            entry.ports,
+            private_addresses=entry.private_addresses,
+            named_ports=entry.named_ports,
+            proxy_ports=entry.proxy_ports,
+            unnamed_ports=entry.address_ports,
         )
         for entry in name_permissions(policy)
     }
@@ -184,11 +192,13 @@ class Enforcement:
         self.options = options
         self.policy = policy
         self.index = NameIndex(policy)
+        self._rules = {rule.name: rule for rule in policy.rules}
         self.learned = LearnedAddresses()
         self.resolvers: tuple[Address, ...] = ()
         self.plan: topology.AttachmentPlan | None = None
         self.ask_again = asyncio.Event()  # set: the policy or the resolvers changed, ask for every exact name now
         self.metrics = metrics.Metrics(self._snapshot_for_scrape)
+        self.metrics_server: metrics.Server | None = None  # None: nobody is to be served
         self.auditor = auditing.Auditor(audit_log, kernel, cgroup, self._known_name)
         self.reports: nflog.RefusalReader | None = None  # None: the kernel reports no refused packets
         self._audit_log = audit_log
@@ -204,6 +214,9 @@ class Enforcement:
             self._permissions,
             lambda entry: self.learned.holds(entry),  # noqa: PLW0108 - a reload replaces `learned`
         )
+        self.guard: Guard | None = None  # None: this kernel has no place for it
+        if capabilities.guards and isinstance(kernel, bpf.KernelState):
+            self.guard = Guard(kernel, links, self._ended)
         self._ears: PacketSockets | None = None  # None: BPF reads the answers
         self._cgroups: dict[str, MarkedScope] = {}  # paths with a scope of their own
         self._table_present = firewall.present()  # an earlier daemon's
@@ -241,6 +254,8 @@ class Enforcement:
         # Held now, brought to the table below: an earlier daemon's has nearly all of it.
         self._adopt_learned()
         self._adopt_saved()
+        if self._ears is None:
+            self._vouch(self._longest())  # a new build's maps, or those of before a reboot, know nothing
         self._attach_hooks()
         first_pass = asyncio.create_task(self.ask_for_names())
         done, _ = await asyncio.wait([first_pass], timeout=FIRST_RESOLVE_SECONDS)
@@ -256,6 +271,8 @@ class Enforcement:
         self._remember_revoked(difference)
         self._write_judge(self.policy)
         self._table_present = self._ruleset_applied = True
+        if self.guard is not None:
+            self.guard.begin()
         self._redirects_lost = self._count_redirects_lost()
 
     def _attach_hooks(self) -> None:
@@ -272,29 +289,15 @@ class Enforcement:
 
     def _write_judge(self, policy: Policy) -> None:
         """What BPF judges by, where it does."""
-        if not self._capabilities.counts_in_bpf:
+        if not self._capabilities.counts_in_bpf and self.guard is None:
             return
         maps = self._kernel.maps
-        levels = {
-            MarkedScope.UNSTAMPED: policy.scope.strictest,
-            MarkedScope.HOST: policy.scope.host,
-            MarkedScope.ENGINE: policy.scope.engines,
-            MarkedScope.CONTAINER: policy.scope.containers,
-        }
-        for scope, level in levels.items():
-            judged = JudgedPorts.NONE
-            if level is Level.STRICT:
-                judged = JudgedPorts.EVERY if scope is MarkedScope.ENGINE else JudgedPorts.REGISTRY
+        for scope, judged in judged_ports(policy).items():
             maps["levels"].update(_u32(scope >> kernel_abi.SCOPE_SHIFT), _u32(judged))
         maps["registry_ports"].replace_all({_u32(port): b"\1" for port in policy.ports})
-        maps["listed"].replace_all(
-            {
-                kernel_abi.pack_listed_key(network.network_address, network.prefixlen, port): b"\1"
-                for rule in policy.rules
-                for network in rule.addresses
-                for port in rule.ports
-            }
-        )
+        maps["listed"].replace_all(listed_map(policy))
+        if self.guard is not None:
+            self.guard.follow_policy(policy)
         self._write_settings(policy)
 
     def _judging(self, policy: Policy) -> Judging:
@@ -330,6 +333,8 @@ class Enforcement:
                 1,
                 self._judging(policy),
                 policy.mode is Mode.OBSERVE,
+                recognises(policy),
+                0,
             ),
         )
 
@@ -340,7 +345,7 @@ class Enforcement:
         entries = []
         for key, value in list(learned.items()):
             address, port = kernel_abi.unpack_learned_key(key)
-            expires_ns, taught_by = kernel_abi.LEARNED.codec.unpack(value)
+            expires_ns, taught_by, *_ = kernel_abi.LEARNED.codec.unpack(value)
             if (address, port) in self.learned:
                 continue
             pattern = patterns.get(taught_by)
@@ -626,10 +631,31 @@ class Enforcement:
         self._kernel.maps["learned"].update_many(
             (
                 kernel_abi.pack_learned_key(*entry.destination),
-                kernel_abi.LEARNED.codec.pack(int(entry.expires_at * NANOSECONDS), pattern_id(entry.pattern)),
+                self._learned_value(entry),
             )
             for entry in entries
         )
+
+    def _learned_value(self, entry: LearnedAddress) -> bytes:
+        """What BPF's `learned` holds of a destination; of what may be said there the most lenient holder decides."""
+        unnamed_until = proxy_until = 0.0
+        for holder in self.learned.holders(entry.destination) or (entry,):
+            rule = self._rules.get(holder.rule)
+            if rule is not None and rule.verify is Verify.ADDRESS:
+                unnamed_until = max(unnamed_until, holder.expires_at)
+            if rule is not None and rule.kind is RuleKind.PROXY:
+                proxy_until = max(proxy_until, holder.expires_at)
+        return kernel_abi.pack_learned(
+            int(entry.expires_at * NANOSECONDS),
+            pattern_id(entry.pattern),
+            unnamed_until=int(unnamed_until * NANOSECONDS),
+            proxy_until=int(proxy_until * NANOSECONDS),
+        )
+
+    def _refresh_learned(self) -> None:
+        """After a change of policy: what may be said at the addresses that stay may be another thing now."""
+        if self._ears is None:
+            self._vouch(self._longest())
 
     def _teachers(self) -> tuple[Address, ...]:
         """The trusted resolvers but those behind an internal interface, where a container could answer for them."""
@@ -688,6 +714,8 @@ class Enforcement:
             self._ranges = ranges
         if self._ears is None:
             self._attach_programs()
+            if self.guard is not None:
+                self.guard.fit(self.plan, look_again=bool(changed & netlink.Change.TRAFFIC_CONTROL))
         else:
             self._ears.listen_on(self.plan.learn)
         if self._table_present:
@@ -821,7 +849,11 @@ class Enforcement:
             self.auditor.policy_changed("the kernel refused the new ruleset, the policy in force stays")
             return
         before_it, self.policy, self.index, self.learned = self.policy, policy, index, kept
+        self._rules = {rule.name: rule for rule in policy.rules}
         self._remember_revoked(changes)
+        self._refresh_learned()
+        if self.guard is not None and (ended := self.guard.end_what_lost_its_name(before_it, policy)):
+            log.info("%d open connections are ended: their names are not allowed any more", ended)
         if revocation.narrows(before_it, policy):
             self._start(self._judge_connections_again(before_it))
         names.update_many((key, value) for key, value in after.items() if before.get(key) != value)
@@ -933,6 +965,38 @@ class Enforcement:
             self._responder.port,
         )
 
+    def _ended(self, ending: kernel_abi.Ending, observed: bool) -> None:
+        """The guard has ended a connection, or would have."""
+        assert self.plan is not None
+        source, destination = (ending.source, ending.source_port), (ending.destination, ending.destination_port)
+        own = {address.ip for entry in self.plan.roles for address in entry.interface.addresses}
+        try:
+            source = (ending.protocol is Protocol.TCP and conntrack.original_source(source, destination)) or source
+        except OSError as error:
+            log.warning("the kernel does not tell where a connection came from: %s", error)
+        name = host_name(ending.name)
+        if ending.outcome is GuardOutcome.UNLISTED_ADDRESS:
+            reason = Reason.UNLISTED_ADDRESS
+        elif name is not None and ending.outcome is GuardOutcome.UNLISTED_NAME:
+            reason = Reason.UNLISTED_PORT if self.index.match(name) else Reason.UNLISTED_NAME
+        else:
+            reason = Reason.UNNAMED
+        self.auditor.ended(
+            Report(
+                at=time.time(),
+                kind=Kind.OBSERVED if observed else Kind.REFUSED,
+                scope=next(scope for scope, marked in MARKED.items() if marked is ending.scope),
+                protocol=ending.protocol,
+                source=source,
+                destination=destination,
+                forwarded=ending.scope is MarkedScope.CONTAINER and source[0] not in own,
+                marked_scope=ending.scope,
+                uid=None,
+            ),
+            name,
+            reason,
+        )
+
     # --- what it tells -----------------------------------------------------------------------------------------------
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """One request of the control socket; ValueError names what is wrong with it."""
@@ -983,6 +1047,9 @@ class Enforcement:
                 "clients": len(self._responder),
                 "answers": sorted(way.value for way in self._redirected),
             },
+            "metrics": None
+            if self.metrics_server is None
+            else {"address": self.metrics_server.served_at, "problem": self.metrics_server.problem},
             "resolvers": [str(address) for address in self.resolvers],
             "unlearnable_resolvers": [{"address": str(address), "why": why} for address, why in self.plan.unlearnable],
             "interfaces": [
@@ -991,6 +1058,7 @@ class Enforcement:
                     "role": entry.role.value,
                     "why": entry.why,
                     "program": self._program_at(entry.interface.index),
+                    "guarded": self.guard is not None and entry.interface.index in self.guard.interfaces,
                 }
                 for entry in self.plan.roles
             ],
@@ -1023,6 +1091,9 @@ class Enforcement:
             learned={family: families[family] for family in ("ipv4", "ipv6")},
             refused=self._refusals(Mode.ENFORCE),
             observed=self._refusals(Mode.OBSERVE),
+            guarded={outcome.name.lower(): count for outcome, count in self.guard.counts().items()}
+            if self.guard is not None
+            else {},
             events_lost=self._lost(),
             audit_dropped=self.auditor.dropped(self.reports.lost if self.reports else 0),
         )
@@ -1046,12 +1117,10 @@ class Enforcement:
         }
 
     def _snapshot_for_scrape(self) -> metrics.Snapshot:
-        """Called in the metrics server's thread; the state belongs to the loop's."""
-
-        async def snapshot() -> metrics.Snapshot:
+        try:
             return self._snapshot()
-
-        return asyncio.run_coroutine_threadsafe(snapshot(), self._loop).result(SCRAPE_DEADLINE_SECONDS)
+        except (nft.NftError, bpf.BpfError, OSError) as error:
+            raise metrics.SnapshotError(str(error)) from None
 
 
 def _cgroup_key(cgroup: procfs.Cgroup) -> bytes:

@@ -98,6 +98,10 @@ class LearnedAddresses:
         for holders in self._holders.values():
             yield from holders.values()
 
+    def holders(self, destination: Destination) -> tuple[LearnedAddress, ...]:
+        """Every permission that a destination has."""
+        return tuple(self._holders.get(destination, {}).values())
+
     def longest(self, destination: Destination) -> LearnedAddress:
         """The permission that ends last; KeyError if there is none."""
         return max(self._holders[destination].values(), key=lambda entry: entry.expires_at)

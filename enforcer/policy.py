@@ -63,6 +63,7 @@ from typing import TypeVar
 
 import idna
 
+from enforcer import trusted_files
 from enforcer.kernel_abi import MAX_NAMES, MAX_PORTS_PER_NAME, MAX_RESOLVERS
 from enforcer.toml_lines import line_of
 
@@ -212,6 +213,7 @@ class Reason(enum.Enum):
     UNLISTED_NAME = "unlisted-name"
     UNLISTED_ADDRESS = "unlisted-address"  # no rule lists it, and no trusted answer for a listed name held it
     UNLISTED_PORT = "unlisted-port"  # a rule has the name or address, on other ports
+    UNNAMED = "unnamed"  # the address was opened by a name, and the client asked for none there, or hid it
 
     @property
     def allows(self) -> bool:
@@ -295,12 +297,15 @@ def default_policy(*, wsl: bool = False) -> Policy:
     return parse(_DEFAULT, "the built-in default", wsl=wsl)
 
 
-def read_policy(path: Path, *, wsl: bool = False) -> Policy:
-    """Parse a policy file; the one function of the core that opens a file the caller names, so that every program
-    words an unreadable file alike. PolicyError as `parse`."""
+def read_policy(path: Path, *, wsl: bool = False, trusting: bool = False) -> Policy:
+    """Parse a policy file that nobody could have written but root or who runs this; PolicyError as `parse`.
+
+    `trusting`: whoever wrote it.
+    """
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_POLICY_BYTES + 1)
+        text = trusted_files.read(path, MAX_POLICY_BYTES + 1, trusting=trusting)
+    except trusted_files.UntrustedError as error:
+        raise PolicyError(str(path), 1, error.problem, error.advice) from None
     except OSError as error:
         raise PolicyError(
             str(path), 1, f"cannot be read: {error.strerror or error}", "name a TOML file that this user may read"

@@ -62,6 +62,17 @@ def test_check_names_file_and_line_of_a_wrong_policy(
     assert "; " in error
 
 
+@pytest.mark.root
+def test_check_of_a_checkouts_file_says_that_run_would_refuse_it(
+    policy_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "note: run and reload refuse" not in run("check", str(policy_file), capsys=capsys)[1]
+    policy_file.chmod(0o666)
+    code, output, _ = run("check", str(policy_file), capsys=capsys)
+    assert code == 0
+    assert f"note: run and reload refuse this file: {policy_file} can be written by others" in output
+
+
 def test_check_of_a_missing_file_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = run("check", str(tmp_path / "none.toml"), capsys=capsys)
     assert (code, str(tmp_path) in error) == (2, True)
@@ -151,6 +162,18 @@ def test_ca_that_init_makes_is_one_that_check_accepts(
     code, _, error = run(*init, capsys=capsys)
     assert code == 2
     assert "exists already; remove both files" in error
+
+
+@pytest.mark.root
+def test_no_key_is_made_where_others_write(
+    policy_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "shared"
+    directory.mkdir()
+    directory.chmod(0o777)
+    code, _, error = run("ca", "init", "--directory", str(directory), "--policy", str(policy_file), capsys=capsys)
+    assert (code, list(directory.iterdir())) == (2, [])
+    assert f"{directory} can be written by others (mode 0777); chmod go-w {directory}, or name another" in error
 
 
 def test_ca_that_cannot_be_used_is_a_mistake_of_its_line(policy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ def test_header_of_the_bpf_programs_is_what_this_module_renders() -> None:
 def test_structure_has_no_hole_that_c_would_fill(structure: Structure) -> None:
     aligned = structure.codec.format.removeprefix("=")
     assert struct.calcsize("@" + aligned) == structure.size
-    largest = max(struct.calcsize("=" + letter) for letter in aligned if letter.isalpha() and letter != "s")
+    largest = max(struct.calcsize("=" + letter) for letter in aligned if letter.isalpha())
     assert structure.size % largest == 0, "C would pad the end"
 
 

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "enforcer"
 
 CORE = {
     *("kernel_abi", "toml_lines", "policy", "dns_answer", "learned", "ruleset", "advice", "topology", "attribution"),
-    *("denial", "audit_record", "revocation", "nfnetlink", "ladder", "overhearing", "catalogue"),
+    *("denial", "audit_record", "revocation", "nfnetlink", "ladder", "overhearing", "trusted_files", "catalogue"),
 }
 SHELL = {
     *("bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver", "state"),
@@ -25,6 +25,7 @@ TOP = {
     "daemon",
     "enforcement",
     "auditing",
+    "guarding",
     "without_bpf",
     "doctor",
     "cli",
@@ -59,7 +60,8 @@ OWNED_IMPORTS = {
 }
 PRINTERS = {"cli", "bpf_loader", "kernel_abi"}  # to the operator; to the parent process; bpf/shared.h
 CORE_CALLS_REFUSED = {"open", "input", "exec", "eval", "__import__", "now", "today", "utcnow"}
-READS_ITS_INPUT = {"policy": {"pathlib", "open"}}  # read_policy: the one file that core opens, and its errors name it
+# Files that the caller names, whose errors name them: opened in one place, where who could have written them is judged.
+READS_ITS_INPUT = {"policy": {"pathlib"}, "trusted_files": {"pathlib", "os", "stat", "errno", "open"}}
 
 
 def imported_names(tree: ast.AST) -> Iterator[tuple[int, str]]:

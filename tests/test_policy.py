@@ -553,6 +553,7 @@ def test_a_line_is_found_whatever_stands_before_it(before: list[tuple[str, str]]
 def test_a_file_is_read_and_names_itself_in_mistakes(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_text(FULL)
+    path.chmod(0o644)
     assert read_policy(path) == parse(FULL, str(path))
     path.write_text("mode = 1")
     with pytest.raises(PolicyError, match=re.escape(f"{path}:1: 1 is not known here; ")):
@@ -562,7 +563,7 @@ def test_a_file_is_read_and_names_itself_in_mistakes(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"missing\.toml:1: cannot be read: No such file or directory; "):
         read_policy(tmp_path / "missing.toml")
-    with pytest.raises(PolicyError, match=":1: cannot be read: Is a directory; "):
+    with pytest.raises(PolicyError, match=r":1: .* is not a regular file; "):
         read_policy(tmp_path)
     path = tmp_path / "empty.toml"
     path.touch()
@@ -572,13 +573,23 @@ def test_a_file_that_cannot_be_read_is_a_mistake(tmp_path: Path) -> None:
 
 def test_a_file_without_end_is_read_to_the_limit_only(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="/dev/zero:1: longer than 32 MiB; "):
-        read_policy(Path("/dev/zero"))
+        read_policy(Path("/dev/zero"), trusting=True)
     path = tmp_path / "sparse.toml"
     path.write_text("mode = 'observe' #")
     with path.open("r+b") as file:
         file.truncate(MAX_POLICY_BYTES)
     with pytest.raises(PolicyError, match="not TOML"):  # a comment may not hold NUL: it was read
         read_policy(path)
+
+
+def test_a_file_that_others_may_write_is_a_mistake_unless_nobody_enforces_by_it(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(FULL)
+    path.chmod(0o666)
+    refusal = re.escape(f"{path}:1: {path} can be written by others (mode 0666); chmod go-w {path}")
+    with pytest.raises(PolicyError, match=refusal):
+        read_policy(path)
+    assert read_policy(path, trusting=True) == parse(FULL, str(path))
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ class Harness:
     def __init__(self, state: bpf.KernelState) -> None:
         self.state = state
         self.events_reader = bpf.EventReader(state.maps["events"])
+        self.endings_reader = bpf.EventReader(state.maps["endings"])
         self.configure()
         maps = state.maps
         maps["resolvers"].update_many((kernel_abi.pack_address(a), b"\x01") for a in (RESOLVER_V4, RESOLVER_V6))
@@ -42,10 +43,18 @@ class Harness:
             (kernel_abi.pack_range_key(network.network_address, network.prefixlen), struct.pack("=I", range_class))
             for network, range_class in SPECIAL_RANGES
         )
-        for number, entry in enumerate(dns_vectors.POLICY):
-            key = kernel_abi.pack_name_key(entry.pattern.name, wildcard=entry.pattern.wildcard)
-            rule = kernel_abi.pack_name_rule(number, entry.ports, private_addresses=entry.private_addresses)
-            maps["names"].update(key, rule)
+        self.write_names()
+
+    def write_names(self) -> None:
+        """The names of dns_vectors, and no others."""
+        self.state.maps["names"].replace_all(
+            {
+                kernel_abi.pack_name_key(entry.pattern.name, wildcard=entry.pattern.wildcard): kernel_abi.pack_name_rule(
+                    number, entry.ports, private_addresses=entry.private_addresses
+                )
+                for number, entry in enumerate(dns_vectors.POLICY)
+            }
+        )
 
     def configure(
         self,
@@ -56,6 +65,7 @@ class Harness:
         query_seconds: int = QUERY_SECONDS,
         judging: Judging = Judging.NOT,
         observing: bool = False,
+        recognising: bool = False,
     ) -> None:
         """Writes the settings; `pidns` is (device, inode) of the host's."""
         lifetimes = (FLOOR_SECONDS, CEILING_SECONDS, MARGIN_SECONDS, query_seconds)
@@ -67,7 +77,7 @@ class Harness:
                 *(netns_cookie, *pidns),
                 *(kernel_abi.MARK_MASK, kernel_abi.MARK_VOUCHED),
                 *(kernel_abi.MarkedScope.HOST, kernel_abi.MarkedScope.ENGINE, kernel_abi.MarkedScope.CONTAINER),
-                *(configured, judging, observing),
+                *(configured, judging, observing, recognising, 0),
             ),
         )
 
@@ -129,7 +139,7 @@ class Harness:
     def learned(self) -> dict[tuple[Address, int], tuple[int, int]]:
         """(address, port) -> (expires_at, pattern_id)."""
         return {
-            kernel_abi.unpack_learned_key(key): kernel_abi.LEARNED.codec.unpack(value)
+            kernel_abi.unpack_learned_key(key): kernel_abi.LEARNED.codec.unpack(value)[:2]
             for key, value in self.state.maps["learned"].items()
         }
 
@@ -137,10 +147,12 @@ class Harness:
         """What was learned, whatever the port."""
         return {address for address, _ in self.learned()}
 
-    def vouch(self, address: Address, port: int, seconds: float) -> None:
+    def vouch(
+        self, address: Address, port: int, seconds: float, *, unnamed: bool = False, proxy: bool = False
+    ) -> None:
         """Puts an address into `learned` that expires in `seconds`."""
         expires_at = self.state.now_ns() + int(seconds * SECOND_NS)
-        value = kernel_abi.LEARNED.codec.pack(expires_at, 0)
+        value = kernel_abi.pack_learned(expires_at, 0, unnamed_until=expires_at * unnamed, proxy_until=expires_at * proxy)
         self.state.maps["learned"].update(kernel_abi.pack_learned_key(address, port), value)
 
     def events(self) -> Iterator[DnsEvent]:

@@ -27,9 +27,14 @@ _REFUSED = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EPERM}  # EPERM: by conn
 _A, _AAAA = 1, 28
 
 
-def attempt(address: str, port: int, timeout: float, mark: int = 0) -> Reply:
+# Whom a request asks for that goes to an address, not to a name.
+_HOST_OF_PORT = {5000: "plain.allowed.test", 8443: "alt.allowed.test"}
+
+
+def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | None = None) -> Reply:
     """One TCP connection of a socket that sets its own mark first, and a request to see who is at its other end.
 
+    The request is for `host`; None: for a registry that the lab's policy allows on this port.
     Reply: verdict (reached, refused, timed out, error), seconds, address, message, and the socket's mark then.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -42,7 +47,7 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0) -> Reply:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
             connection.connect((address, port))
             seconds = time.monotonic() - started
-            if _denied(connection):
+            if _denied(connection, host or _HOST_OF_PORT.get(port, "registry.allowed.test")):
                 verdict, message = "refused", "403 Forbidden"
         except TimeoutError:
             verdict, message = "timed out", "no answer to the SYN"
@@ -54,10 +59,10 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0) -> Reply:
     return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark}
 
 
-def _denied(connection: socket.socket) -> bool:
+def _denied(connection: socket.socket, host: str) -> bool:
     """Whether the enforcer's responder has taken this connection; servers of TLS and of anything else say no 403."""
     connection.settimeout(2)
-    connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+    connection.sendall(f"GET / HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
     try:
         return connection.recv(4096).startswith(b"HTTP/1.1 403 ")
     except TimeoutError:
@@ -76,7 +81,7 @@ def connect(name: str, port: int, family: int = 0, timeout: float = 5) -> Reply:
         addresses = resolve(name, family)
     except OSError as error:
         return {"verdict": "error", "seconds": 0.0, "address": "", "message": f"{name}: {error.strerror}"}
-    return attempt(addresses[0], port, timeout)
+    return attempt(addresses[0], port, timeout, host=name)
 
 
 def connect_each(names: list[str], port: int, families: list[int], timeout: float = 5) -> list[Reply]:
@@ -85,11 +90,13 @@ def connect_each(names: list[str], port: int, families: list[int], timeout: floa
 
 
 _held: dict[str, socket.socket] = {}
+_hosts: dict[str, str] = {}
 
 
 def hold(key: str, name: str, port: int) -> Reply:
     """Open a connection and keep it for `talk`."""
     _held[key] = socket.create_connection((name, port), timeout=5)
+    _hosts[key] = name
     return {}
 
 
@@ -100,7 +107,7 @@ def talk(key: str) -> Reply:
     with _held.pop(key) as connection:
         connection.settimeout(5)
         try:
-            connection.sendall(b"GET /v2/ HTTP/1.0\r\n\r\n")
+            connection.sendall(f"GET /v2/ HTTP/1.0\r\nHost: {_hosts[key]}\r\n\r\n".encode())
             if answer := connection.recv(4096):
                 verdict, message = "reached", answer.split(b"\r\n")[0].decode()
         except TimeoutError:
