@@ -548,7 +548,9 @@ INLINE void insert_address(struct scratch *s, struct settings *settings)
 	known = find_learned(&s->learned_key);
 	if (known && known->expires_at > s->now) {
 		if (known->pattern_id == s->learned.pattern_id &&
-		    expires_at < known->expires_at + settings->refresh_margin)
+		    expires_at < known->expires_at + settings->refresh_margin &&
+		    unnamed_until < known->unnamed_until + settings->refresh_margin &&
+		    proxy_until < known->proxy_until + settings->refresh_margin)
 			return;
 		known_until = known->expires_at;
 		if (known->unnamed_until > unnamed_until)

@@ -16,7 +16,7 @@
 #ifndef REGISTRY_ENFORCER_GUARD_H
 #define REGISTRY_ENFORCER_GUARD_H
 
-#define GUARD_STEPS	   128	 /* fields of a ClientHello in one segment: about two for each extension */
+#define GUARD_STEPS	   64	 /* fields of a ClientHello in one segment: one for each extension, and some ten */
 #define MAX_HEAD_BYTES	   16384 /* of a CONNECT, to the empty line */
 #define MAX_HELLO_BYTES	   16384
 #define MAX_RECORD_BYTES   16384
@@ -39,22 +39,22 @@
 #define HOST_LETTERS	   0x002020202000ULL
 #define V2_WORD		   0x2f76322fULL /* "/v2/" */
 
-/* What is being read of a ClientHello. */
+/* What is being read of a ClientHello: numbers, the name, and what is passed over. */
 enum field {
-	FIELD_HEADER,	   /* a number: type and length of the message */
-	FIELD_RANDOM,	   /* skipped, with the version */
-	FIELD_SESSION,	   /* a number: bytes of the session's id */
-	FIELD_SESSION_ID,  /* skipped */
-	FIELD_CIPHERS,	   /* a number: bytes of cipher suites */
-	FIELD_CIPHER_LIST, /* skipped */
-	FIELD_COMPRESSION, /* a number: bytes of compression methods */
-	FIELD_METHODS,	   /* skipped */
-	FIELD_EXTENSIONS,  /* a number: bytes of all extensions */
-	FIELD_EXTENSION,   /* a number: type and length of one */
-	FIELD_BODY,	   /* skipped */
-	FIELD_NAME_LIST,   /* a number: what precedes the name */
-	FIELD_NAME,	   /* kept */
-	FIELD_AGAIN, /* a number: what a second ClientHello begins with (RFC 8446, section 4.1.4), or anything else */
+	FIELD_HEADER,	   /* type and length of the message */
+	FIELD_SESSION,	   /* bytes of the session's id */
+	FIELD_CIPHERS,	   /* bytes of cipher suites */
+	FIELD_COMPRESSION, /* bytes of compression methods */
+	FIELD_EXTENSIONS,  /* bytes of all extensions */
+	FIELD_EXTENSION,   /* type and length of one */
+	FIELD_NAME_LIST,   /* what precedes the name */
+	FIELD_AGAIN,	   /* what a second ClientHello begins with (RFC 8446, section 4.1.4), or anything else */
+	FIELD_NAME,
+	FIELD_RANDOM, /* and the version; from here on nothing is kept */
+	FIELD_SESSION_ID,
+	FIELD_CIPHER_LIST,
+	FIELD_METHODS,
+	FIELD_BODY,
 };
 
 INLINE void guard_count(struct scratch *s, __u32 outcome)
@@ -176,7 +176,7 @@ INLINE void skip_field(struct hello *h, __u64 field, __u64 bytes, __u64 next, __
 		expect(h, next, next_bytes);
 }
 
-/* A field is whole. */
+/* A number, or the name, is whole. */
 INLINE void end_field(struct scratch *s, struct hello *h)
 {
 	__u64 field = h->field, value = h->value, size;
@@ -198,22 +198,14 @@ INLINE void end_field(struct scratch *s, struct hello *h)
 		} else {
 			s->flow.state = FLOW_ALLOWED;
 		}
-	} else if (field == FIELD_RANDOM) {
-		expect(h, FIELD_SESSION, 1);
 	} else if (field == FIELD_SESSION) {
 		skip_field(h, FIELD_SESSION_ID, value, FIELD_CIPHERS, 2);
-	} else if (field == FIELD_SESSION_ID) {
-		expect(h, FIELD_CIPHERS, 2);
 	} else if (field == FIELD_CIPHERS) {
 		skip_field(h, FIELD_CIPHER_LIST, value, FIELD_COMPRESSION, 1);
-	} else if (field == FIELD_CIPHER_LIST) {
-		expect(h, FIELD_COMPRESSION, 1);
 	} else if (field == FIELD_COMPRESSION) {
-		skip_field(h, FIELD_METHODS, value, FIELD_EXTENSIONS, 2);
-	} else if (field == FIELD_METHODS) {
-		if (!h->left)
-			s->verdict = GUARD_NO_NAME;
-		expect(h, FIELD_EXTENSIONS, 2);
+		expect(h, FIELD_METHODS, value);
+		if (!value)
+			s->verdict = GUARD_UNREADABLE;
 	} else if (field == FIELD_EXTENSIONS) {
 		if (value != h->left)
 			s->verdict = GUARD_UNREADABLE;
@@ -242,13 +234,35 @@ INLINE void end_field(struct scratch *s, struct hello *h)
 			s->verdict = GUARD_UNREADABLE;
 		h->name_length = 0;
 		expect(h, FIELD_NAME, size);
-	} else if (field == FIELD_NAME) {
+	} else {
 		h->named = 1;
 		s->named = 1;
 		next_extension(s, h);
-	} else {
-		next_extension(s, h); /* behind a body */
 	}
+}
+
+INLINE int is_skipped(__u64 field)
+{
+	return field >= FIELD_RANDOM;
+}
+
+/* What was passed over has ended. */
+INLINE void end_skipped(struct scratch *s, struct hello *h)
+{
+	__u64 field = h->field;
+
+	if (field == FIELD_BODY)
+		next_extension(s, h);
+	else if (field == FIELD_RANDOM)
+		expect(h, FIELD_SESSION, 1);
+	else if (field == FIELD_SESSION_ID)
+		expect(h, FIELD_CIPHERS, 2);
+	else if (field == FIELD_CIPHER_LIST)
+		expect(h, FIELD_COMPRESSION, 1);
+	else if (h->left)
+		expect(h, FIELD_EXTENSIONS, 2);
+	else
+		s->verdict = GUARD_NO_NAME;
 }
 
 INLINE __u64 least(__u64 a, __u64 b)
@@ -300,62 +314,90 @@ INLINE void begin_record(struct scratch *s, struct hello *h)
 		s->verdict = GUARD_UNREADABLE;
 }
 
-/* One field, or as much of it as is here; 0 at the end of what can be read. */
-INLINE int read_field(struct __sk_buff *skb, struct scratch *s, struct hello *h)
+INLINE void advance(struct scratch *s, __u64 count)
 {
-	__u64 count, field;
-
-	if (s->verdict != GUARD_PASSED || s->flow.state == FLOW_ALLOWED || !s->payload_left)
-		return 0;
-	if (s->at + 8 > s->length && s->length < s->payload_left + s->at) {
-		if (!load_window(skb, s)) {
-			s->verdict = GUARD_UNREADABLE;
-			return 0;
-		}
-	}
-	if (!h->record_left) {
-		count = least(h->header_need, s->payload_left);
-		read_number(s, &h->header, count);
-		h->header_need -= count;
-	} else {
-		count = least(least(h->skipping ? h->record_left : h->need, h->record_left), s->payload_left);
-		field = h->field;
-		if (h->skipping) {
-		} else if (field == FIELD_NAME) {
-			count = MASKED(count, 255);
-			if (h->name_length + count > 255 || !count) {
-				s->verdict = GUARD_UNREADABLE;
-				return 0;
-			}
-			if (bpf_skb_load_bytes(skb, s->position, h->name + MASKED(h->name_length, 255),
-					       MASKED(count - 1, 255) + 1)) {
-				s->verdict = GUARD_UNREADABLE;
-				return 0;
-			}
-			h->name_length += count;
-		} else if (field != FIELD_RANDOM && field != FIELD_SESSION_ID && field != FIELD_CIPHER_LIST &&
-			   field != FIELD_METHODS && field != FIELD_BODY) {
-			read_number(s, &h->value, count);
-		}
-		h->record_left -= count;
-		if (!h->skipping) {
-			if (field != FIELD_HEADER && field != FIELD_AGAIN) {
-				if (count > h->left) {
-					s->verdict = GUARD_UNREADABLE;
-					return 0;
-				}
-				h->left -= count;
-			}
-			h->need -= count;
-		}
-	}
 	s->at += count;
 	s->position += count;
 	s->payload_left -= count;
 	FORGET();
-	if (!h->header_need)
-		begin_record(s, h);
-	else if (!h->need)
+}
+
+/* Passes over what does not matter, as far as it is here. */
+INLINE void skip(struct scratch *s, struct hello *h)
+{
+	__u64 count;
+
+	if (h->skipping) {
+		count = least(h->record_left, s->payload_left);
+		h->record_left -= count;
+		advance(s, count);
+		return;
+	}
+	if (!is_skipped(h->field))
+		return;
+	count = least(least(h->need, h->record_left), s->payload_left);
+	if (count > h->left) {
+		s->verdict = GUARD_UNREADABLE;
+		return;
+	}
+	h->left -= count;
+	h->need -= count;
+	h->record_left -= count;
+	advance(s, count);
+	if (!h->need)
+		end_skipped(s, h);
+}
+
+/* The next field and what is skipped before it, or as much as is here; 0 at the end of what can be read. */
+INLINE int read_field(struct __sk_buff *skb, struct scratch *s, struct hello *h)
+{
+	__u64 count, field;
+
+	if (h->record_left)
+		skip(s, h);
+	FORGET();
+	if (s->verdict != GUARD_PASSED || s->flow.state == FLOW_ALLOWED || !s->payload_left)
+		return 0;
+	if (s->at + 8 > s->length && s->length < s->payload_left + s->at && !load_window(skb, s)) {
+		s->verdict = GUARD_UNREADABLE;
+		return 0;
+	}
+	FORGET();
+	if (!h->record_left) {
+		count = least(h->header_need, s->payload_left);
+		read_number(s, &h->header, count);
+		h->header_need -= count;
+		advance(s, count);
+		if (!h->header_need)
+			begin_record(s, h);
+		return 1;
+	}
+	field = h->field;
+	if (h->skipping || is_skipped(field))
+		return 1;
+	count = least(least(h->need, h->record_left), s->payload_left);
+	if (field != FIELD_HEADER && field != FIELD_AGAIN) {
+		if (count > h->left) {
+			s->verdict = GUARD_UNREADABLE;
+			return 0;
+		}
+		h->left -= count;
+	}
+	if (field == FIELD_NAME) {
+		/* 255 at most, and together: see what precedes it */
+		if (bpf_skb_load_bytes(skb, s->position, h->name + MASKED(h->name_length, 255),
+				       MASKED(count - 1, 255) + 1)) {
+			s->verdict = GUARD_UNREADABLE;
+			return 0;
+		}
+		h->name_length += count;
+	} else {
+		read_number(s, &h->value, count);
+	}
+	h->record_left -= count;
+	h->need -= count;
+	advance(s, count);
+	if (!h->need)
 		end_field(s, h);
 	return 1;
 }

@@ -48,8 +48,8 @@ from enforcer import (
     topology,
 )
 from enforcer.audit import AuditLog
-from enforcer.bpf import Loader
 from enforcer.audit_record import Kind, Report
+from enforcer.bpf import Loader
 from enforcer.denial import Refusal, host_name
 from enforcer.guarding import Guard, judged_ports, listed_map, recognises
 from enforcer.kernel_abi import DnsEvent, GuardOutcome, Judging, MarkedScope, Outcome, Protocol, RangeClass
@@ -59,7 +59,6 @@ from enforcer.packet_socket import PacketSockets
 from enforcer.policy import (
     Address,
     HostPattern,
-    Level,
     Mode,
     NameIndex,
     Policy,
@@ -622,8 +621,10 @@ class Enforcement:
                 continue
             self.metrics.own_queries.labels("answered").inc()
             self._unresolved.discard(name)
-            changes = self.learned.learn(self._permissions(answer, self._kernel.now_ns() / NANOSECONDS))
-            self._vouch(changes.permit)
+            entries = self._permissions(answer, self._kernel.now_ns() / NANOSECONDS)
+            changes = self.learned.learn(entries)
+            # All of them: a holder that is new may let clients say more at an address that is not.
+            self._vouch(self.learned.longest(each.destination) for each in entries if each.destination in self.learned)
             self._apply(changes)
 
     def _vouch(self, entries: Iterable[LearnedAddress]) -> None:

@@ -13,7 +13,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from enforcer import bpf, catalogue, conntrack, kernel_abi, netlink
 from enforcer.denial import TLS_ALERT
@@ -84,9 +84,7 @@ def http_answer(policy: Policy) -> bytes:
 class Guard:
     """The guard of one daemon; on the event loop's thread."""
 
-    def __init__(
-        self, kernel: bpf.KernelState, links: netlink.Netlink, report: Callable[[Ending, bool], None]
-    ) -> None:
+    def __init__(self, kernel: bpf.KernelState, links: netlink.Netlink, report: Callable[[Ending, bool], None]) -> None:
         """`report(ending, observed)` is called for every connection that was ended, or in mode observe was not."""
         self._kernel = kernel
         self._links = links
@@ -133,7 +131,9 @@ class Guard:
         for key, value in list(flows.items()):
             named_by, *_, state, mode, _ = kernel_abi.FLOW.codec.unpack(value)
             if named_by in lost and state == FlowState.ALLOWED:
-                flows.update(key, kernel_abi.pack_flow(FlowState.ENDED, kernel_abi.GuardMode(mode), pattern_id=named_by))
+                flows.update(
+                    key, kernel_abi.pack_flow(FlowState.ENDED, kernel_abi.GuardMode(mode), pattern_id=named_by)
+                )
                 ended += 1
         return ended
 
@@ -222,7 +222,9 @@ class Guard:
 
 def recognises(policy: Policy) -> bool:
     """Whether some scope's level asks for a look at every connection's first bytes."""
-    return any(level is Level.REGISTRIES for level in (policy.scope.containers, policy.scope.engines, policy.scope.host))
+    return any(
+        level is Level.REGISTRIES for level in (policy.scope.containers, policy.scope.engines, policy.scope.host)
+    )
 
 
 def _u32(value: int) -> bytes:

@@ -521,7 +521,10 @@ def pack_name_rule(
         raise ValueError(f"{len(ports)} ports: 1 to {MAX_PORTS_PER_NAME} fit")
     padded = ports + [0] * (MAX_PORTS_PER_NAME - len(ports))
     named_ports = ports if named_ports is None else named_ports
-    bits = [sum(1 << i for i, port in enumerate(ports) if port in some) for some in (named_ports, proxy_ports, unnamed_ports)]
+    bits = [
+        sum(1 << i for i, port in enumerate(ports) if port in some)
+        for some in (named_ports, proxy_ports, unnamed_ports)
+    ]
     return NAME_RULE.codec.pack(pattern_id, *padded, len(ports), int(private_addresses), *bits, b"")
 
 

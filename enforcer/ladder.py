@@ -231,8 +231,8 @@ def shortfalls(capabilities: Capabilities) -> Iterator[Shortfall]:
         yield Shortfall(
             "bpf guard",
             "nothing looks at first bytes where packets leave",
-            "a shared address opens every name behind it, macvlan and raw sockets pass unseen, proxies may be asked for "
-            'anything, and the level "registries" refuses nothing',
+            "a shared address opens every name behind it, macvlan and raw sockets pass unseen, proxies may be asked "
+            'for anything, and the level "registries" refuses nothing',
             "let the daemon load BPF programs, and give the kernel tc filters",
         )
     if not capabilities.cgroup:

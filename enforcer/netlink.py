@@ -101,9 +101,7 @@ class _Filter:
 
     @property
     def ours(self) -> bool:
-        return self.kind == "bpf" and (
-            self.handle in (_OUR_HANDLE, _OUR_HANDLE_ON_OUR_CLSACT) or self.is_guard
-        )
+        return self.kind == "bpf" and (self.handle in (_OUR_HANDLE, _OUR_HANDLE_ON_OUR_CLSACT) or self.is_guard)
 
     @property
     def is_guard(self) -> bool:
@@ -179,7 +177,8 @@ class Netlink:
         """Make the sched_cls program behind `program_fd` ours on this interface; False if the interface is gone.
 
         Does nothing if it is there already; another program of ours is replaced in one step, but the guard has a place
-        beside it. It runs with direct action, and should end in TC_ACT_UNSPEC so that other programs' filters have their turn.
+        beside it. It runs with direct action, and should end in TC_ACT_UNSPEC so that other programs' filters have
+        their turn.
         """
         # pyroute2 does not decode the program's id, so the filter's name carries it. No program gets it a second time
         # while this one is attached.

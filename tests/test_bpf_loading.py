@@ -23,6 +23,7 @@ import pytest
 from enforcer import bpf, kernel_abi
 from enforcer.bpf import CgroupHook, KernelState, Loader
 from enforcer.enforcement import name_map
+from enforcer.kernel_abi import LEARNED
 from enforcer.policy import parse
 
 pytestmark = pytest.mark.root

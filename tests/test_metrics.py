@@ -29,6 +29,7 @@ SNAPSHOT = metrics.Snapshot(
     learned={"ipv4": 3, "ipv6": 0},
     refused={("container", "tcp"): 5},
     observed={("container", "tcp"): 0},
+    guarded={"passed": 4, "unlisted_name": 1},
     events_lost=1,
     audit_dropped={"kernel": 2, "pending": 0, "output": 0},
 )

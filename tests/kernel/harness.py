@@ -49,9 +49,9 @@ class Harness:
         """The names of dns_vectors, and no others."""
         self.state.maps["names"].replace_all(
             {
-                kernel_abi.pack_name_key(entry.pattern.name, wildcard=entry.pattern.wildcard): kernel_abi.pack_name_rule(
-                    number, entry.ports, private_addresses=entry.private_addresses
-                )
+                kernel_abi.pack_name_key(
+                    entry.pattern.name, wildcard=entry.pattern.wildcard
+                ): kernel_abi.pack_name_rule(number, entry.ports, private_addresses=entry.private_addresses)
                 for number, entry in enumerate(dns_vectors.POLICY)
             }
         )
@@ -147,12 +147,12 @@ class Harness:
         """What was learned, whatever the port."""
         return {address for address, _ in self.learned()}
 
-    def vouch(
-        self, address: Address, port: int, seconds: float, *, unnamed: bool = False, proxy: bool = False
-    ) -> None:
+    def vouch(self, address: Address, port: int, seconds: float, *, unnamed: bool = False, proxy: bool = False) -> None:
         """Puts an address into `learned` that expires in `seconds`."""
         expires_at = self.state.now_ns() + int(seconds * SECOND_NS)
-        value = kernel_abi.pack_learned(expires_at, 0, unnamed_until=expires_at * unnamed, proxy_until=expires_at * proxy)
+        value = kernel_abi.pack_learned(
+            expires_at, 0, unnamed_until=expires_at * unnamed, proxy_until=expires_at * proxy
+        )
         self.state.maps["learned"].update(kernel_abi.pack_learned_key(address, port), value)
 
     def events(self) -> Iterator[DnsEvent]:

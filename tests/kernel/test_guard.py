@@ -35,7 +35,7 @@ TC_ACT_SHOT = 2
 LO = 1
 SEQUENCE, ACKNOWLEDGED = 0xFFFFFF00, 0x01020304  # carries over 0 in the middle of a ClientHello
 ALERT = b"\x15\x03\x03\0\x02\x02\x31"
-PAGE = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\n{\"no\":1}\n"
+PAGE = b'HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\n{"no":1}\n'
 
 both_families = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 
@@ -147,11 +147,14 @@ class Connection:
 @pytest.fixture(scope="session")
 def lo(state: bpf.KernelState) -> Iterator[socket.socket]:
     """A network namespace of its own, and what its lo receives."""
-    with new_namespace() as namespace, inside(namespace):
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as sniffer:
-            sniffer.bind(("lo", 3))
-            sniffer.setblocking(False)
-            yield sniffer
+    with (
+        new_namespace() as namespace,
+        inside(namespace),
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as sniffer,
+    ):
+        sniffer.bind(("lo", 3))
+        sniffer.setblocking(False)
+        yield sniffer
 
 
 @pytest.fixture
@@ -171,7 +174,9 @@ def guarded(harness: Harness, lo: socket.socket) -> Iterator[Guarded]:
         ("blobs.example", True, (443,)),
         ("proxy.example", False, (3128,)),
     ):
-        rule = kernel_abi.pack_name_rule(7, ports, private_addresses=True, named_ports=set(ports) - {3128}, proxy_ports={3128})
+        rule = kernel_abi.pack_name_rule(
+            7, ports, private_addresses=True, named_ports=set(ports) - {3128}, proxy_ports={3128}
+        )
         maps["names"].update(kernel_abi.pack_name_key(pattern, wildcard=wildcard), rule)
     for version in 4, 6:
         network = LISTED[version]
@@ -211,7 +216,9 @@ def assert_passed(outcome: Outcome, connection: Connection) -> None:
     assert outcome.answers == []
 
 
-def assert_ended(outcome: Outcome, connection: Connection, payload: bytes, said: bytes, reset_at: int | None = None) -> None:
+def assert_ended(
+    outcome: Outcome, connection: Connection, payload: bytes, said: bytes, reset_at: int | None = None
+) -> None:
     """The client has its answer, which acknowledges `payload` at the connection's end; the server is reset."""
     version = connection.destination.version
     assert outcome.verdict == TC_ACT_UNSPEC
@@ -324,7 +331,10 @@ def test_large_key_shares_before_the_name_are_passed_over(guarded: Guarded, name
 
 REFUSED_HELLOS = {
     "no name": (hello_with(extension(10, 4)), GuardOutcome.NO_NAME),
-    "no extensions": (in_records(b"\1\0\0\x29" + b"\3\3" + bytes(32) + b"\0" + b"\0\2\x13\1" + b"\1\0", []), GuardOutcome.NO_NAME),
+    "no extensions": (
+        in_records(b"\1\0\0\x29" + b"\3\3" + bytes(32) + b"\0" + b"\0\2\x13\1" + b"\1\0", []),
+        GuardOutcome.NO_NAME,
+    ),
     "an empty name": (hello_with(name_extension(b"")), GuardOutcome.UNREADABLE),
     "two names": (hello_with(name_extension(b"registry.example", b"evil.example")), GuardOutcome.UNREADABLE),
     "two extensions": (
@@ -335,7 +345,10 @@ REFUSED_HELLOS = {
     "a NUL": (hello_with(name_extension(b"evil\0.blobs.example")), GuardOutcome.NO_NAME),
     "a dot alone": (hello_with(name_extension(b".")), GuardOutcome.UNLISTED_NAME),
     "encrypted": (hello_with(name_extension(b"registry.example") + extension(0xFE0D, 120)), GuardOutcome.HIDDEN_NAME),
-    "encrypted, first": (hello_with(extension(0xFE0D, 120) + name_extension(b"registry.example")), GuardOutcome.HIDDEN_NAME),
+    "encrypted, first": (
+        hello_with(extension(0xFE0D, 120) + name_extension(b"registry.example")),
+        GuardOutcome.HIDDEN_NAME,
+    ),
     "another message": (b"\x16\x03\x01\0\x05\2\0\0\1\0", GuardOutcome.UNREADABLE),
     "something behind it": (
         in_records(hello_with(name_extension(b"registry.example"))[5:] + b"\1\0\0\1\0", []),
@@ -622,9 +635,7 @@ def test_new_connection_passes_where_it_may(
 
 
 def test_vouching_bit_of_a_local_packet_is_not_believed(guarded: Guarded) -> None:
-    connection = guarded.connection(
-        UNLISTED[4], began=False, mark=MarkedScope.CONTAINER | kernel_abi.MARK_VOUCHED
-    )
+    connection = guarded.connection(UNLISTED[4], began=False, mark=MarkedScope.CONTAINER | kernel_abi.MARK_VOUCHED)
     assert connection.open().verdict == TC_ACT_SHOT
 
 
@@ -646,7 +657,11 @@ def test_socket_of_another_network_namespace_is_no_socket_of_the_host(guarded: G
 
 @both_families
 def test_datagrams_need_a_listed_address(guarded: Guarded, version: int) -> None:
-    for where, verdict in ((UNLISTED[version], TC_ACT_SHOT), (REGISTRY[version], TC_ACT_SHOT), (LISTED[version][9], TC_ACT_UNSPEC)):
+    for where, verdict in (
+        (UNLISTED[version], TC_ACT_SHOT),
+        (REGISTRY[version], TC_ACT_SHOT),
+        (LISTED[version][9], TC_ACT_UNSPEC),
+    ):
         frame = packets.frame(HERE[version], where, Protocol.UDP, packets.udp(40_000, 443, b"x" * 30))
         assert guarded.send(frame).verdict == verdict
     frame = packets.frame(HERE[version], UNLISTED[version], Protocol.UDP, packets.udp(40_000, 123, b"x" * 30))
