@@ -136,6 +136,7 @@ def render_ruleset(
         raise ValueError(f"this kernel's nf_tables lacks {Feature.BASE.kernel_option}")
     if not capabilities.answers:
         responder = None
+    own_mark = _own_mark(policy.marks, capabilities)
     return f"""\
 # registry-enforcer: connections to container registries that the policy does not list are refused.
 # Policy {_printable(policy.source)}, sha256 {_printable(policy.digest)}, mode {policy.mode.value}.
@@ -163,8 +164,8 @@ table inet {TABLE} {{
 {_lines(_output(capabilities, responder))}
 	}}
 
-{_own_mark(policy.marks, capabilities)}	# What output could not know: where a translated or re-routed packet of this host really leaves. Only a drop is
-	# possible here.
+{own_mark}	# What output could not know: where a translated or re-routed packet of this host really leaves. Only
+	# a drop is possible here.
 	chain postrouting {{
 		type filter hook postrouting priority srcnat + 200; policy accept;
 		# Forwarded, and judged in forward. Before 5.7 only the missing socket tells.
