@@ -231,6 +231,7 @@ def test_legacy_build_has_the_same_maps_and_programs_but_perf_events(bpffs: Path
     with KernelState(report) as legacy, KernelState(bpf.load(bpffs, loader=loader, inputs=inputs)) as state:
         assert state.report.clock == time.CLOCK_BOOTTIME
         (maps, programs), (legacy_maps, legacy_programs) = described(state), described(legacy)
+    del programs["setsockopt"]  # which would break iptables there
     assert legacy_programs == programs
     assert maps.pop("events") != legacy_maps.pop("events")
     assert legacy_maps == maps
