@@ -100,6 +100,7 @@ def _log_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_policy(parser)
     _add_places(parser)
     _add_json(parser)
 
@@ -239,7 +240,8 @@ def _log(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    findings = doctor.examine(arguments.bpffs or daemon.DEFAULT_BPFFS, arguments.cgroup)
+    marks = _read_policy(arguments.policy).marks
+    findings = doctor.examine(arguments.bpffs or daemon.DEFAULT_BPFFS, arguments.cgroup, marks)
     if arguments.json:
         _print_json({"findings": [finding.as_json() for finding in findings]})
     else:

@@ -40,6 +40,7 @@ from pyroute2.netlink import (
     rtnl,
 )
 from pyroute2.netlink.rtnl.errmsg import errmsg
+from pyroute2.netlink.rtnl.fibmsg import fibmsg
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import IFF_LOOPBACK, IFF_UP, ifinfmsg
 from pyroute2.netlink.rtnl.iprsocket import IPRSocket
@@ -62,6 +63,7 @@ _EVERY_PROTOCOL = socket.htons(ETH_P_ALL)
 # clsact below the filter is ours as well.
 _OUR_HANDLE: Final = 0x52454E46
 _OUR_HANDLE_ON_OUR_CLSACT: Final = 0x52454E47
+_INVERTED = 2  # FIB_RULE_INVERT
 _FIRST_PRIORITY = 1  # a filter behind one that says "ok" never runs, and that must not be the learner
 _TIMEOUT_SECONDS = 5
 _DUMP_ATTEMPTS = 8
@@ -136,6 +138,13 @@ class Netlink:
         """Every next hop of every unicast route, of all tables."""
         request = _message(rtmsg(), family=socket.AF_UNSPEC, type=_UNICAST)
         return tuple(itertools.chain.from_iterable(self._dump(rtnl.RTM_GETROUTE, request, _next_hops)))
+
+    def mark_rules(self) -> tuple[tuple[int, int, int, bool], ...]:
+        """Rules of policy routing that look at marks: (priority, mark, mask, whether they are for all other marks)."""
+        found = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            found += self._dump(rtnl.RTM_GETRULE, _message(fibmsg(), family=family), _mark_rule)
+        return tuple(rule for rule in found if rule is not None)
 
     def route_to(self, address: Address) -> int | None:
         """Index of the interface through which this host would reach `address`; None if it would not."""
@@ -438,6 +447,19 @@ def _interface(link: Any, addresses: Iterable[IPv4Interface | IPv6Interface]) ->
         up=bool(link["flags"] & IFF_UP),
         loopback=bool(link["flags"] & IFF_LOOPBACK),
         addresses=tuple(addresses),
+    )
+
+
+def _mark_rule(rule: Any) -> tuple[int, int, int, bool] | None:
+    mark = rule.get_attr("FRA_FWMARK")
+    if mark is None:
+        return None
+    mask = rule.get_attr("FRA_FWMASK")
+    return (
+        rule.get_attr("FRA_PRIORITY") or 0,
+        mark,
+        0xFFFFFFFF if mask is None else mask,
+        bool(rule["flags"] & _INVERTED),
     )
 
 

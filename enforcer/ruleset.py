@@ -159,8 +159,8 @@ table inet {TABLE} {{
 		type filter hook output priority filter + 10; policy accept;
 {_lines(_output(capabilities, responder))}
 	}}
-
-{_own_mark(policy.marks, capabilities)}	# What output could not know: where a translated or re-routed packet of this host really leaves. Only a drop is
+{_own_mark(policy.marks, capabilities)}
+	# What output could not know: where a translated or re-routed packet of this host really leaves. Only a drop is
 	# possible here.
 	chain postrouting {{
 		type filter hook postrouting priority srcnat + 200; policy accept;
@@ -283,13 +283,12 @@ def _own_mark(marks: Marks, capabilities: Capabilities) -> str:
     bits = [1 << number for number in range(32) if marks.mask >> number & 1]
     rules = [f"socket mark & {bit:#010x} == {bit:#010x} meta mark set meta mark | {bit:#010x}" for bit in bits]
     rules += [f"socket mark & {bit:#010x} == 0 meta mark set meta mark & {0xFFFFFFFF ^ bit:#010x}" for bit in bits]
-    return f"""\
+    return f"""
 	# Our bits of a packet's mark, from its socket: a control message may have given it another one, or somebody's rule,
 	# and on unconnected UDP it is that of the packet before.
 	chain own_mark {{
 {_lines(rules)}
 	}}
-
 """
 
 
