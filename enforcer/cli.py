@@ -92,6 +92,7 @@ def _log_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_policy(parser)
     _add_places(parser)
     _add_json(parser)
 
@@ -279,7 +280,8 @@ def _log(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from enforcer import doctor
 
-    findings = doctor.examine(arguments.bpffs or Path(kernel_abi.BPFFS), arguments.cgroup)
+    marks = _read_policy(arguments.policy, trusting=True).marks
+    findings = doctor.examine(arguments.bpffs or Path(kernel_abi.BPFFS), arguments.cgroup, marks)
     if arguments.json:
         _print_json({"findings": [finding.as_json() for finding in findings]})
     else:
