@@ -114,6 +114,18 @@ def _complain(text: str) -> None:
     print(f"registry-enforcer: {text}", file=sys.stderr)
 
 
+def _await_random_numbers() -> None:
+    """Says what is waited for where the kernel has none yet: libraries ask for some while they are imported."""
+    try:
+        os.getrandom(1, os.GRND_NONBLOCK)
+    except BlockingIOError:
+        _complain(
+            "waiting for the kernel's first random numbers; if it never has any, as on a virtual machine without "
+            "virtio-rng, give it a source"
+        )
+        os.getrandom(1)
+
+
 # --- commands --------------------------------------------------------------------------------------------------------
 def _read_policy(path: Path | None) -> policy.Policy:
     """The policy of `path`; without one the default file's, and without that the built-in default."""
@@ -146,12 +158,13 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if os.geteuid() != 0:
+        raise UsageError("run changes the kernel's rules and needs root; start it with sudo")
+    _await_random_numbers()
     import asyncio
 
     from enforcer import bpf, daemon, enforcement
 
-    if os.geteuid() != 0:
-        raise UsageError("run changes the kernel's rules and needs root; start it with sudo")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     started = time.monotonic()
 
@@ -246,6 +259,7 @@ def _log(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    _await_random_numbers()
     from enforcer import doctor
 
     findings = doctor.examine(arguments.bpffs or Path(kernel_abi.BPFFS), arguments.cgroup)
@@ -264,6 +278,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _remove(arguments: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise UsageError("remove changes the kernel's rules and needs root; start it with sudo")
+    _await_random_numbers()
     from enforcer import daemon
 
     removed = daemon.remove(arguments.run_dir, arguments.bpffs, arguments.cgroup)
