@@ -384,7 +384,7 @@ def test_answer_that_lives_noticeably_longer_is_reported(harness: Harness) -> No
 
 def test_answer_leaves_alone_when_an_address_was_used(harness: Harness) -> None:
     used_at = harness.state.now_ns() - 5 * SECOND_NS
-    value = kernel_abi.LEARNED.codec.pack(harness.state.now_ns() + SECOND_NS, 0, used_at)
+    value = kernel_abi.pack_learned(harness.state.now_ns() + SECOND_NS, 0, used_at=used_at)
     harness.state.maps["learned"].update(kernel_abi.pack_learned_key(ADDRESS, 443), value)
     harness.ask(PLAIN.query)
     assert harness.answer(PLAIN.answer) is Outcome.LEARNED
