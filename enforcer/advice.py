@@ -166,23 +166,25 @@ def _explain_name(
         steps = (step, *_said_there([rule for rule, _ in allowing]))
         return Explanation(name, port, Reason.LISTED_NAME, _names(rule for rule, _ in allowing), sentence, steps)
     recognised = registry_of(name)
-    if not _judges(policy, port, recognised):
-        return _unjudged(policy, name, port, recognised)
+    refused = _refused(policy, port, recognised)
+    if not refused:
+        return _unjudged(policy, name, port)
     if covering:
         rule, _ = covering[0]
         elsewhere = f"{name} is allowed by {_rule(rule)} on {_ports(rule.ports)}"
-        sentence = f"{elsewhere}, but not on {port}: {_refused(policy, port, recognised)}."
-        steps = (*_contact(policy), _toml_for_port(rule, name, port), *_observed(policy))
+        sentence = f"{elsewhere}, but not on {port}: {refused}."
+        steps = (*_engines_too(policy, port), *_contact(policy), _toml_for_port(rule, name, port), *_observed(policy))
         return Explanation(name, port, Reason.UNLISTED_PORT, _names(rule for rule, _ in covering), sentence, steps)
     steps = (
         *_did_you_mean(policy, name),
         *_recognition(policy, recognised),
+        *_engines_too(policy, port),
         *_contact(policy),
         *(_toml_for_preset(policy, *found) for found in presets_with(name)),
         _toml_for_name(name, port),
         *_observed(policy),
     )
-    sentence = f"{name} is not listed by any rule of {policy.source}: {_refused(policy, port, recognised)}."
+    sentence = f"{name} is not listed by any rule of {policy.source}: {refused}."
     return Explanation(name, port, Reason.UNLISTED_NAME, (), sentence, steps)
 
 
@@ -244,18 +246,16 @@ def _explain_address(policy: Policy, address: Address, port: int | None, learned
                 f'{subject} is allowed on {_ports(entry.port)} by rule "{entry.rule}": {entry.name} resolved to it.'
             )
             return Explanation(subject, port, Reason.LEARNED_ADDRESS, (entry.rule,), sentence, ())
-    if not _judges(policy, port):
+    refused = _refused(policy, port)
+    if not refused:
         return _unjudged(policy, subject, port)
     if static or named:
         rules = dict.fromkeys([rule.name for rule, _ in static] + [entry.rule for entry in named])
         ports = {port for rule, _ in static for port in rule.ports} | {entry.port for entry in named}
-        sentence = f"{subject} is allowed on {_ports(sorted(ports))}, but not on {port}: {_refused(policy, port)}."
+        sentence = f"{subject} is allowed on {_ports(sorted(ports))}, but not on {port}: {refused}."
         steps = (*_contact(policy), *_observed(policy))
         return Explanation(subject, port, Reason.UNLISTED_PORT, tuple(rules), sentence, steps)
-    sentence = (
-        f"{subject} is not listed by any rule of {policy.source}, and no listed name resolved to it: "
-        f"{_refused(policy, port)}."
-    )
+    sentence = f"{subject} is not listed by any rule of {policy.source}, and no listed name resolved to it: {refused}."
     text = f'[[registry]]\nname = "NAME"\naddresses = ["{subject}"]{_ports_line(port)}'
     ask_name = "Where it belongs to a name, explain that: a listed name's addresses are allowed once it is resolved."
     steps = (ask_name, *_contact(policy), _toml("To allow it whatever its name", text), *_observed(policy))
@@ -271,20 +271,14 @@ def _address(text: str) -> Address | None:
     return mapped or address
 
 
+_HOST = "this host's programs"
+
+
 # --- words -----------------------------------------------------------------------------------------------------------
-def _levels(policy: Policy, port: int | None = None) -> tuple[tuple[str, Level], ...]:
-    """The scopes, as users know them; on `port`, if it is one that is judged for containers."""
+def _levels(policy: Policy) -> tuple[tuple[str, Level], ...]:
+    """The scopes, as users know them."""
     scope = policy.scope
-    levels = (("containers", scope.containers), ("engines", scope.engines))
-    if port is None or port in policy.ports:
-        return (*levels, ("this host's programs", scope.host))
-    return levels
-
-
-def _judged(policy: Policy, port: int | None = None, recognised: KnownName | None = None) -> list[str]:
-    """The scopes that are refused what no rule lists: the strict ones, and those that are refused registries."""
-    judging = {Level.STRICT} if recognised is None else {Level.STRICT, Level.REGISTRIES}
-    return [name for name, level in _levels(policy, port) if level in judging]
+    return (("containers", scope.containers), ("engines", scope.engines), (_HOST, scope.host))
 
 
 def _lenient(policy: Policy) -> list[str]:
@@ -292,41 +286,54 @@ def _lenient(policy: Policy) -> list[str]:
     return [name for name, level in _levels(policy) if level is Level.REGISTRIES]
 
 
+def _refused(policy: Policy, port: int | None, recognised: KnownName | None = None) -> str:
+    """For whom an unlisted destination is refused because of its port, or because it is `recognised` as a registry,
+    which it is on every port; empty: for nobody."""
+    for_host = port is None or port in policy.ports
+    for_others = for_host or port in policy.container_ports
+    scopes = [
+        name
+        for name, level in _levels(policy)
+        if (level is Level.STRICT and (for_host if name == _HOST else for_others))
+        or (level is Level.REGISTRIES and recognised is not None)
+    ]
+    verb = "would be refused" if policy.mode is Mode.OBSERVE else "is refused"
+    return f"it {verb} for {_words(scopes)}" if scopes else ""
+
+
 def _recognition(policy: Policy, recognised: KnownName | None) -> tuple[str, ...]:
     """What the level "registries" makes of a name that no rule lists."""
     lenient = _lenient(policy)
     if not lenient:
         return ()
+    who = _words(lenient)
+    who = who[:1].upper() + who[1:]
     if recognised is not None:
-        return (f"{_sentence_start(lenient)} are refused it as it is known for a registry: {recognised.registry}.",)
-    who = _sentence_start(lenient)
-    return (f"{who} may reach it unless it speaks the registry protocol over plain HTTP: it is in no catalogue.",)
+        return (
+            f"{who} are refused it, on whatever port, as a registry that is known by its name: {recognised.registry}.",
+        )
+    return (f"{who} may reach it, but for the registry protocol (/v2/) over plain HTTP: its name is in no catalogue.",)
 
 
-def _judges(policy: Policy, port: int | None, recognised: KnownName | None = None) -> bool:
-    """Whether anyone is refused this port of an unlisted destination because of the port."""
-    return bool(_judged(policy, port, recognised)) and (port is None or port in policy.container_ports)
+def _engines_too(policy: Policy, port: int | None) -> tuple[str, ...]:
+    """Where the port is no registry port, it is one for engines."""
+    if port is None or port in policy.ports or port == DNS_PORT or policy.scope.engines is not Level.STRICT:
+        return ()
+    return ("Engines that pull images are refused all the same: for them every TCP port but DNS counts.",)
 
 
-def _unjudged(policy: Policy, subject: str, port: int | None, recognised: KnownName | None = None) -> Explanation:
+def _unjudged(policy: Policy, subject: str, port: int | None) -> Explanation:
+    steps: tuple[str, ...] = ()
+    lenient = _lenient(policy)
     if policy.scope.strictest is Level.OFF:
         sentence = f"{subject} is not judged: every scope of {policy.source} is off."
-        return Explanation(subject, port, Reason.NOT_JUDGED, (), sentence, ())
-    if not _judged(policy, port, recognised):
-        lenient = _lenient(policy)
+    elif policy.scope.strictest is Level.REGISTRIES:
         sentence = f"{subject} is not judged: {_words(lenient)} are refused only what is recognised as a registry."
-        return Explanation(subject, port, Reason.NOT_JUDGED, (), sentence, ())
-    sentence = f"{subject} is not judged on port {port}: the registry ports are {_words(policy.ports)}."
-    steps: tuple[str, ...] = ()
-    if policy.scope.engines is Level.STRICT and port != DNS_PORT:
-        engines = "Engines that pull images are refused all the same: for them every TCP port but DNS counts."
-        steps = (engines, *_observed(policy))
+    else:
+        sentence = f"{subject} is not judged on port {port}: the registry ports are {_words(policy.ports)}."
+        if engines := _engines_too(policy, port):
+            steps = (*engines, *_observed(policy))
     return Explanation(subject, port, Reason.NOT_JUDGED, (), sentence, steps)
-
-
-def _refused(policy: Policy, port: int | None, recognised: KnownName | None = None) -> str:
-    verb = "would be refused" if policy.mode is Mode.OBSERVE else "is refused"
-    return f"it {verb} for {_words(_judged(policy, port, recognised))}"
 
 
 def _said_there(rules: Sequence[Rule]) -> tuple[str, ...]:
@@ -337,11 +344,6 @@ def _said_there(rules: Sequence[Rule]) -> tuple[str, ...]:
     if any(rule.verify is Verify.ADDRESS for rule in rules):
         steps.append("Where it leads clients may ask for any name, or for none.")
     return tuple(steps)
-
-
-def _sentence_start(words: Sequence[str]) -> str:
-    text = _words(words)
-    return text[:1].upper() + text[1:]
 
 
 def _observed(policy: Policy) -> tuple[str, ...]:

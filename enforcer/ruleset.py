@@ -136,6 +136,7 @@ def render_ruleset(
         raise ValueError(f"this kernel's nf_tables lacks {Feature.BASE.kernel_option}")
     if not capabilities.answers:
         responder = None
+    own_mark = _own_mark(policy.marks, capabilities)
     return f"""\
 # registry-enforcer: connections to container registries that the policy does not list are refused.
 # Policy {_printable(policy.source)}, sha256 {_printable(policy.digest)}, mode {policy.mode.value}.
@@ -163,8 +164,8 @@ table inet {TABLE} {{
 {_lines(_output(capabilities, responder))}
 	}}
 
-{_own_mark(policy.marks, capabilities)}	# What output could not know: where a translated or re-routed packet of this host really leaves. Only a drop is
-	# possible here.
+{own_mark}	# What output could not know: where a translated or re-routed packet of this host really leaves. Only
+	# a drop is possible here.
 	chain postrouting {{
 		type filter hook postrouting priority srcnat + 200; policy accept;
 		# Forwarded, and judged in forward. Before 5.7 only the missing socket tells.
@@ -287,7 +288,8 @@ def _own_mark(marks: Marks, capabilities: Capabilities) -> str:
     rules = [f"socket mark & {bit:#010x} == {bit:#010x} meta mark set meta mark | {bit:#010x}" for bit in bits]
     rules += [f"socket mark & {bit:#010x} == 0 meta mark set meta mark & {0xFFFFFFFF ^ bit:#010x}" for bit in bits]
     return f"""\
-	# Our bits of the packet's mark, from its socket.
+	# Our bits of a packet's mark, from its socket: a control message may have given it another one, or somebody's rule,
+	# and on unconnected UDP it is that of the packet before.
 	chain own_mark {{
 {_lines(rules)}
 	}}
@@ -295,13 +297,16 @@ def _own_mark(marks: Marks, capabilities: Capabilities) -> str:
 """
 
 
+def _restore_mark(capabilities: Capabilities) -> Iterator[str]:
+    if _asks_sockets(capabilities):
+        yield "# Where there is a socket: looking for one that has gone crashed kernels before 5.18."
+        yield "meta skuid >= 0 jump own_mark"
+
+
 def _output(capabilities: Capabilities, responder: Responder | None) -> Iterator[str]:
     if Feature.CT in capabilities.features:
         yield "jump never_judged"
-    if _asks_sockets(capabilities):
-        yield "# A control message gives a packet another mark than its socket's, and unconnected UDP that of the packet"
-        yield "# before. Only where there is a socket: looking for one that has gone crashed kernels before 5.18."
-        yield "meta skuid >= 0 jump own_mark"
+    yield from _restore_mark(capabilities)
     if Feature.CT not in capabilities.features:
         yield "# Whether a packet was translated is not known, and so not where it leaves: postrouting judges."
         yield "accept"
@@ -474,7 +479,7 @@ def _responder_chains(policy: Policy, capabilities: Capabilities, responder: Res
 	}}
 	chain redirect_local {{
 		type nat hook output priority -90; policy accept;
-{_lines(_redirect_local(responder))}
+{_lines(_redirect_local(responder, capabilities))}
 	}}
 """
 
@@ -486,13 +491,14 @@ def _seen_by_the_gate(marks: Marks, capabilities: Capabilities) -> Iterator[str]
         yield f"meta mark & {marks.scope_mask:#010x} != {marks.of(MarkedScope.CONTAINER):#010x} accept"
 
 
-def _redirect_local(responder: Responder) -> Iterator[str]:
+def _redirect_local(responder: Responder, capabilities: Capabilities) -> Iterator[str]:
     if responder.local:
         yield "meta l4proto != tcp accept"
         yield f"{_NO_SYN} accept"
         yield "oifname @internal accept"
         yield _HOST_LOOPBACK
         yield _REDIRECT_LIMIT
+        yield from _restore_mark(capabilities)
         yield "jump judge_local"
         yield f"meta l4proto tcp redirect to :{responder.port}"
 

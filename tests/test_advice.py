@@ -154,10 +154,17 @@ ALL = "containers, engines and this host's programs"
 def test_a_registry_of_the_catalogue_is_refused_to_the_lenient_too() -> None:
     known = told("quay.io")
     assert known.sentence == f"quay.io is not listed by any rule of policy.toml: it is refused for {ALL}."
-    assert "This host's programs are refused it as it is known for a registry: Quay." in known.next_steps
+    assert "This host's programs are refused it, on whatever port, as a registry" in steps(known)
+    assert "known by its name: Quay." in steps(known)
+    elsewhere = told("quay.io:8443")
+    assert (elsewhere.allowed, elsewhere.reason) == (False, Reason.UNLISTED_NAME)
+    assert "it is refused for this host's programs." in elsewhere.sentence
+    assert "Engines" in steps(elsewhere)
+    assert told("ghcr.io:8443").reason is Reason.UNLISTED_PORT  # listed, and known for a registry
+    assert told("registry.corp.example:22").reason is Reason.NOT_JUDGED
     other = told("evil.test")
     assert other.sentence.endswith("it is refused for containers and engines.")
-    assert "This host's programs may reach it unless it speaks the registry protocol" in steps(other)
+    assert "This host's programs may reach it, but for the registry protocol" in steps(other)
     for level in ("strict", "off"):
         assert "his host's programs" not in steps(told("evil.test", f'{POLICY}[scope]\nhost = "{level}"'))
 

@@ -48,6 +48,7 @@ test_packages=(
     skopeo
     slirp4netns
     squashfs-tools
+    tinyproxy-bin
     uidmap
     unbound
     zstd

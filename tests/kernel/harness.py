@@ -24,7 +24,8 @@ CLIENT_PORT = 40_000
 TC_ACT_UNSPEC = 0xFFFFFFFF
 SECOND_NS = 1_000_000_000
 # What a kernel that lets connect hooks mark is given: not what takes their place on others.
-HOOKS = [hook.name.lower() for hook in bpf.CgroupHook if hook is not bpf.CgroupHook.SOCK_OPS]
+_BY_THEMSELVES = {bpf.CgroupHook.SOCK_OPS, bpf.CgroupHook.SETSOCKOPT}
+HOOKS = [hook.name.lower() for hook in bpf.CgroupHook if hook not in _BY_THEMSELVES]
 MASK, VOUCHED = DEFAULT_MARKS.mask, DEFAULT_MARKS.vouched
 HOST, ENGINE, CONTAINER = map(DEFAULT_MARKS.of, (MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER))
 FOREIGN_MARK = 0x0000_C0DE  # bits of somebody else

@@ -27,7 +27,8 @@ _REFUSED = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EPERM}  # EPERM: by conn
 _A, _AAAA = 1, 28
 
 
-# Whom a request asks for that goes to an address, not to a name.
+# Whom a request asks for that goes to an address, not to a name; nobody at addresses that no rule knows.
+_UNLISTED = ("198.18.66.", "2001:2:0:66:")
 _HOST_OF_PORT = {5000: "plain.allowed.test", 8443: "alt.allowed.test"}
 
 
@@ -47,7 +48,9 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
             connection.connect((address, port))
             seconds = time.monotonic() - started
-            if _denied(connection, host or _HOST_OF_PORT.get(port, "registry.allowed.test")):
+            if host is None and not address.startswith(_UNLISTED):
+                host = _HOST_OF_PORT.get(port, "registry.allowed.test")
+            if _denied(connection, host):
                 verdict, message = "refused", "403 Forbidden"
         except TimeoutError:
             verdict, message = "timed out", "no answer to the SYN"
@@ -59,10 +62,11 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
     return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark}
 
 
-def _denied(connection: socket.socket, host: str) -> bool:
+def _denied(connection: socket.socket, host: str | None) -> bool:
     """Whether the enforcer's responder has taken this connection; servers of TLS and of anything else say no 403."""
     connection.settimeout(2)
-    connection.sendall(f"GET / HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+    field = "" if host is None else f"Host: {host}\r\n"
+    connection.sendall(f"GET / HTTP/1.0\r\n{field}\r\n".encode())
     try:
         return connection.recv(4096).startswith(b"HTTP/1.1 403 ")
     except TimeoutError:

@@ -23,6 +23,7 @@ from typing import Any
 
 SO_MARK, SYN_RETRIES = socket.SO_MARK, 7
 SOL_PACKET, PACKET_QDISC_BYPASS = 263, 20
+_AF_XDP, _SOL_XDP, _XDP_UMEM_REG = 44, 283, 4
 IPPROTO_MPTCP, MSG_FASTOPEN, TCP_FASTOPEN_CONNECT = 262, 0x20000000, 30
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 3, 0x0800, 0x86DD
@@ -80,12 +81,31 @@ def mark(key: str, value: int) -> str:
 
 def marked(key: str) -> int:
     """What SO_MARK is."""
-    return struct.unpack("=I", _sockets[key].getsockopt(socket.SOL_SOCKET, SO_MARK, 4))[0]  # type: ignore[no-any-return]
+    return int.from_bytes(_sockets[key].getsockopt(socket.SOL_SOCKET, SO_MARK, 4), sys.byteorder)
 
 
 def option(key: str, level: int, name: int, value: int) -> str:
     """Any other option that is a number."""
     return _error(lambda: _sockets[key].setsockopt(level, name, value))
+
+
+def long_option(key: str, name: int, text: str, length: int) -> str:
+    """An option of the socket itself that is a text, followed by zeros up to `length`."""
+    value = text.encode().ljust(length, b"\0")
+    return _error(lambda: _sockets[key].setsockopt(socket.SOL_SOCKET, name, value))
+
+
+def option_ns(key: str, level: int, name: int, times: int = 20_000) -> int:
+    """The nanoseconds that it takes to set an option to 1: the least of ten means."""
+    setting = _sockets[key].setsockopt
+
+    def mean() -> int:
+        started = time.perf_counter_ns()
+        for _ in range(times // 10):
+            setting(level, name, 1)
+        return (time.perf_counter_ns() - started) * 10 // times
+
+    return min(mean() for _ in range(10))
 
 
 def bind_port(key: str) -> str:
@@ -154,7 +174,7 @@ def race(address: str, forged: int, count: int) -> str:
 
 # --- packets by hand -------------------------------------------------------------------------------------------------
 def _checksum(data: bytes) -> int:
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
@@ -183,6 +203,13 @@ def make_packet_socket(key: str) -> str:
         _sockets[key] = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
 
     return _error(open_it)
+
+
+def umem() -> str:
+    """What an AF_XDP socket begins with: memory for its packets (struct xdp_umem_reg)."""
+    with socket.socket(_AF_XDP, socket.SOCK_RAW) as sending, mmap.mmap(-1, 1 << 16) as packets:
+        register = struct.pack("=QQIII", _place(packets), 1 << 16, 2048, 0, 0) + bytes(4)
+        return _error(lambda: sending.setsockopt(_SOL_XDP, _XDP_UMEM_REG, register))
 
 
 def send_packet(key: str, interface: str, gateway: str, source: str, address: str) -> str:
@@ -350,6 +377,11 @@ def enter_cgroup(path: str) -> str:
     return _error(lambda: Path(path, "cgroup.procs").write_text(str(os.getpid())))
 
 
+def process() -> int:
+    """Its number."""
+    return os.getpid()
+
+
 def enter_network(path: str) -> str:
     """setns(2)."""
     with Path(path).open() as namespace:
@@ -369,7 +401,7 @@ def watch(interface: str) -> str:
 
 
 def arrivals() -> list[str]:
-    """The destinations of what has arrived since then."""
+    """The destinations of what has begun to arrive since then: TCP's SYNs, and any datagram."""
     return sorted(set(_arrived()))
 
 
@@ -378,18 +410,24 @@ def _arrived() -> Iterator[str]:
         packet, (_, protocol, direction, *_) = _sockets["watch"].recvfrom(128)
         if direction == socket.PACKET_OUTGOING:
             continue
-        if protocol == ETH_P_IP:
+        if protocol == ETH_P_IP and _begins(packet[9], packet[(packet[0] & 15) * 4 :]):
             yield socket.inet_ntoa(packet[16:20])
-        elif protocol == ETH_P_IPV6:
+        elif protocol == ETH_P_IPV6 and _begins(packet[6], packet[40:]):
             yield socket.inet_ntop(socket.AF_INET6, packet[24:40])
+
+
+def _begins(protocol: int, transport: bytes) -> bool:
+    syn, ack = 2, 16
+    return protocol == socket.IPPROTO_UDP or (protocol == socket.IPPROTO_TCP and transport[13] & (syn | ack) == syn)
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     operation.__name__: operation
     for operation in (
-        arrivals, await_connection, bind_port, close, connect, disconnect, enter_cgroup, enter_network, hand_over, make,
-        make_packet_socket, mark, marked, option, race, ring_connect, ring_is_there, ring_mark, ring_send, send,
-        send_packet, send_raw, take, wait_at, watch,
+        arrivals, await_connection, bind_port, close, connect, disconnect, enter_cgroup, enter_network,
+        hand_over, long_option, make, make_packet_socket, mark, marked, option, option_ns, process, race,
+        ring_connect, ring_is_there, ring_mark, ring_send, send, send_packet, send_raw, take, umem, wait_at,
+        watch,
     )
 }  # fmt: skip
 

@@ -49,7 +49,7 @@ DOCKER_NET6 = "fd00:78::/64"
 # What the lab runs, beside what every Debian has.
 _TOOLS = (
     "buildah", "busybox", "ctr", "curl", "dnsmasq", "docker", "docker-registry", "dockerd", "ip", "knotd", "newuidmap",
-    "nft", "openssl", "pasta", "podman", "promtool", "rootlesskit", "skopeo", "slirp4netns", "unbound",
+    "nft", "openssl", "pasta", "podman", "promtool", "rootlesskit", "skopeo", "slirp4netns", "tinyproxy", "unbound",
 )  # fmt: skip
 
 _PREFIX = "re-lab-"
