@@ -18,7 +18,7 @@ import pytest
 from enforcer.dns_answer import build_query
 from enforcer.kernel_abi import LIFETIME_FLOOR_SECONDS, QUERY_WINDOW_SECONDS, Protocol
 from tests.kernel import packets
-from tests.lab import odd_resolver
+from tests.lab import bench, odd_resolver
 from tests.lab.enforcer import Enforcer, policy, registry
 from tests.lab.internet import EVIL_ADDRESS, fresh_address, fresh_name
 from tests.lab.lab import AUTHORITY, CT_ADDRESS, HOST_ADDRESS, RESOLVER, Agent, Lab, command, poll
@@ -443,6 +443,33 @@ def test_address_whose_answer_no_packet_showed_is_refused_until_one_does(enforce
     ask(lab.host, RESOLVER, name)  # as systemd-resolved asks its upstream for a client of its Unix socket
     assert_reached(lab.engine.attempt(fresh_address(16_000)))
     assert_reached(lab.ct.attempt(fresh_address(16_000)))
+
+
+# --- a stub on this host ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def _stub(enforcer: Enforcer, lab: Lab, _own_resolver_afterwards: None) -> Iterator[None]:
+    """The host's programs ask a caching resolver on lo, as they do with systemd-resolved."""
+    with bench.stub_resolver(lab):
+        yield
+
+
+@attack("a --network host container answers in the name of a stub on lo")
+@pytest.mark.usefixtures("_stub")
+def test_stub_that_is_not_trusted_cannot_be_forged_and_its_names_are_learned_from_those_behind_it(
+    enforcer: Enforcer, lab: Lab
+) -> None:
+    enforcer.ensure(ODD_POLICY.replace('"auto"', f'"{RESOLVER}"'))
+    assert enforcer.status()["resolvers"] == [RESOLVER, ODD]
+    for index in 16_010, 16_011:
+        ask(lab.host, bench.STUB, fresh_name(index))
+        assert_reached(lab.engine.attempt(fresh_address(index)))  # at once
+        ask(lab.host, bench.STUB, fresh_name(index))  # and when it comes out of the stub's cache
+        assert_reached(lab.engine.attempt(fresh_address(index)))
+    address = next(_forged_addresses)
+    lab.host.call("ask", reply_within=5, server=bench.STUB, **QUESTION)
+    forge(lab.host, "127.0.0.1", address, source=bench.STUB)
+    assert lab.host.call("hang_up", source_port=QUESTION["source_port"]) == {"received": 1}
+    assert_taught_nothing(lab, address)
 
 
 # --- other resolvers -------------------------------------------------------------------------------------------------
