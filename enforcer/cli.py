@@ -92,6 +92,7 @@ def _log_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_policy(parser)
     _add_places(parser)
     _add_json(parser)
 
@@ -114,6 +115,18 @@ def _print_json(facts: Mapping[str, Any]) -> None:
 
 def _complain(text: str) -> None:
     print(f"registry-enforcer: {text}", file=sys.stderr)
+
+
+def _await_random_numbers() -> None:
+    """Says what is waited for where the kernel has none yet: libraries ask for some while they are imported."""
+    try:
+        os.getrandom(1, os.GRND_NONBLOCK)
+    except BlockingIOError:
+        _complain(
+            "waiting for the kernel's first random numbers; if it never has any, as on a virtual machine without "
+            "virtio-rng, give it a source"
+        )
+        os.getrandom(1)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -162,12 +175,13 @@ def _refused_here(path: Path | None) -> Iterator[str]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if os.geteuid() != 0:
+        raise UsageError("run changes the kernel's rules and needs root; start it with sudo")
+    _await_random_numbers()
     import asyncio
 
     from enforcer import bpf, daemon, enforcement
 
-    if os.geteuid() != 0:
-        raise UsageError("run changes the kernel's rules and needs root; start it with sudo")
     os.umask(0o027)  # whatever root's shell has: what is made here is never others' to write
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # More than all bounds on clients add up to, so that no crowd of them takes what the daemon itself needs.
@@ -277,9 +291,11 @@ def _log(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    _await_random_numbers()
     from enforcer import doctor
 
-    findings = doctor.examine(arguments.bpffs or Path(kernel_abi.BPFFS), arguments.cgroup)
+    marks = _read_policy(arguments.policy, trusting=True).marks
+    findings = doctor.examine(arguments.bpffs or Path(kernel_abi.BPFFS), arguments.cgroup, marks)
     if arguments.json:
         _print_json({"findings": [finding.as_json() for finding in findings]})
     else:
@@ -295,6 +311,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _remove(arguments: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise UsageError("remove changes the kernel's rules and needs root; start it with sudo")
+    _await_random_numbers()
     from enforcer import daemon
 
     removed = daemon.remove(arguments.run_dir, arguments.bpffs, arguments.cgroup)

@@ -137,6 +137,17 @@ class Nft:
         }
         return hooked.issuperset(BASE_CHAINS)
 
+    def listing(self) -> str:
+        """Every rule of every table as text, without the elements of sets. NftError."""
+        before = self._library.set_terse_output(True)
+        try:
+            status, text, message = self._library.cmd("list ruleset")
+        finally:
+            self._library.set_terse_output(before)
+        if status:
+            raise NftError(message.strip())
+        return str(text)
+
     def marks(self) -> Marks:
         """The bits of the mark that the table's rules read."""
         chains = self._dump(_NFT_MSG_GETCHAIN, b"")

@@ -136,7 +136,6 @@ def render_ruleset(
         raise ValueError(f"this kernel's nf_tables lacks {Feature.BASE.kernel_option}")
     if not capabilities.answers:
         responder = None
-    own_mark = _own_mark(policy.marks, capabilities)
     return f"""\
 # registry-enforcer: connections to container registries that the policy does not list are refused.
 # Policy {_printable(policy.source)}, sha256 {_printable(policy.digest)}, mode {policy.mode.value}.
@@ -163,9 +162,9 @@ table inet {TABLE} {{
 		type filter hook output priority filter + 10; policy accept;
 {_lines(_output(capabilities, responder))}
 	}}
-
-{own_mark}	# What output could not know: where a translated or re-routed packet of this host really leaves. Only
-	# a drop is possible here.
+{_own_mark(policy.marks, capabilities)}
+	# What output could not know: where a translated or re-routed packet of this host really leaves. Only a drop is
+	# possible here.
 	chain postrouting {{
 		type filter hook postrouting priority srcnat + 200; policy accept;
 		# Forwarded, and judged in forward. Before 5.7 only the missing socket tells.
@@ -287,13 +286,12 @@ def _own_mark(marks: Marks, capabilities: Capabilities) -> str:
     bits = [1 << number for number in range(32) if marks.mask >> number & 1]
     rules = [f"socket mark & {bit:#010x} == {bit:#010x} meta mark set meta mark | {bit:#010x}" for bit in bits]
     rules += [f"socket mark & {bit:#010x} == 0 meta mark set meta mark & {0xFFFFFFFF ^ bit:#010x}" for bit in bits]
-    return f"""\
+    return f"""
 	# Our bits of a packet's mark, from its socket: a control message may have given it another one, or somebody's rule,
 	# and on unconnected UDP it is that of the packet before.
 	chain own_mark {{
 {_lines(rules)}
 	}}
-
 """
 
 

@@ -232,6 +232,7 @@ def test_legacy_build_has_the_same_maps_and_programs_but_perf_events(bpffs: Path
     with KernelState(report) as legacy, KernelState(bpf.load(bpffs, loader=loader, inputs=inputs)) as state:
         assert state.report.clock == time.CLOCK_BOOTTIME
         (maps, programs), (legacy_maps, legacy_programs) = described(state), described(legacy)
+    del programs["setsockopt"]  # which would break iptables there
     assert legacy_programs == programs
     for ring in "events", "endings":
         assert maps.pop(ring) != legacy_maps.pop(ring)

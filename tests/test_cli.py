@@ -202,3 +202,23 @@ def test_who_only_asks_a_daemon_does_not_load_its_libraries(command: str, tmp_pa
 
 def test_loaders_are_those_there_are() -> None:
     assert set(cli.LOADERS) == {loader.value for loader in bpf.Loader}
+
+
+def test_who_waits_for_the_kernels_first_random_numbers_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = []
+
+    def none_yet(_size: int, flags: int = 0) -> bytes:
+        asked.append(flags)
+        if flags & os.GRND_NONBLOCK:
+            raise BlockingIOError
+        return b"?"
+
+    arguments = ("run", "--policy", str(tmp_path / "missing"), "--run-dir", str(tmp_path / "run"))
+    code, _, error = run(*arguments, capsys=capsys)
+    assert (code, "random numbers" in error) == (2, False)
+    monkeypatch.setattr(os, "getrandom", none_yet)
+    code, _, error = run(*arguments, capsys=capsys)
+    assert (code, "waiting for the kernel's first random numbers" in error) == (2, os.geteuid() == 0)
+    assert asked == ([os.GRND_NONBLOCK, 0] if os.geteuid() == 0 else [])

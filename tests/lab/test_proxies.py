@@ -7,7 +7,7 @@ them. Another one is a user's own, on the enforced host.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -139,20 +139,22 @@ def test_an_engine_pulls_an_allowed_image_through_the_proxy(
     exit_code, printed = pull(registry)
     assert exit_code == 0, printed
     asked = corporate()[before:]
-    assert asked
-    wanted = f"GET http://{registry}/v2/" if registry == PLAIN else f"CONNECT {registry}:443"
-    assert all(request.startswith((wanted, wanted.replace("GET", "HEAD"))) for request in asked), asked
+    assert any(request.startswith("GET" if registry == PLAIN else "CONNECT") for request in asked)
+    assert all(re.match(rf"(CONNECT |(GET|HEAD) http://){registry}", request) for request in asked), asked
 
 
+# CONNECT is answered 403, of which Go shows the reason phrase alone; a request for a whole URL has its own words.
+_DENIED = "Lab does not allow this registry; ask platform@lab.test"
 SAID = {
-    "docker": 'Error response from daemon: Get "https://evil.test/v2/": Forbidden',
-    "podman": 'pinging container registry evil.test: Get "https://evil.test/v2/": Forbidden',
+    ("docker", "evil.test"): 'Error response from daemon: Get "https://evil.test/v2/": Forbidden',
+    ("podman", "evil.test"): 'pinging container registry evil.test: Get "https://evil.test/v2/": Forbidden',
+    ("docker", "evil.test:5000"): f"denied: {_DENIED}",
+    ("podman", "evil.test:5000"): "pinging container registry evil.test:5000: invalid status code from registry 403",
 }
 
 
 @pytest.mark.attack("an unlisted registry through the corporate proxy")
-@pytest.mark.parametrize("engine", ["docker", "podman"])
-@pytest.mark.parametrize("registry", ["evil.test", "evil.test:5000"])
+@pytest.mark.parametrize(("engine", "registry"), SAID)
 def test_an_engine_is_refused_an_unlisted_image_through_the_proxy(
     enforcer: Enforcer, corporate: Callable[[], list[str]], request: pytest.FixtureRequest, engine: str, registry: str
 ) -> None:
@@ -160,7 +162,7 @@ def test_an_engine_is_refused_an_unlisted_image_through_the_proxy(
     before = len(corporate())
     exit_code, printed = pull(registry)
     assert exit_code != 0
-    assert SAID[engine] in printed if registry == "evil.test" else "denied" in printed, printed
+    assert SAID[engine, registry] in printed, printed
     assert corporate()[before:] == []  # the proxy has not heard of it
 
 
@@ -220,9 +222,35 @@ def test_the_server_name_inside_the_tunnel_must_be_allowed_too(enforcer: Enforce
 
 @pytest.mark.attack("something else than TLS inside an allowed tunnel")
 def test_what_is_no_tls_inside_a_tunnel_is_refused(enforcer: Enforcer, lab: Lab) -> None:
-    tunnel = ["--proxytunnel", "--connect-to", f"::{ALLOWED}:443"]
-    exit_code, said = curl(lab, "ct", f"{PROXY}:{PORT}", "http://evil.test/v2/", *tunnel)
-    assert exit_code != 0 or '"DENIED"' in said, said
+    tunnel = ["--proxytunnel", "--connect-to", f"::{PLAIN}"]
+    for host in ("evil.test", PLAIN):
+        exit_code, said = curl(lab, "ct", f"{PROXY}:{PORT}", f"http://{host}/v2/", *tunnel)
+        assert (exit_code, '"DENIED"' in said) == (0, True), said
+
+
+@pytest.mark.attack("CONNECT where it cannot be read: in TLS to the proxy, or by SOCKS")
+def test_a_proxy_is_spoken_to_in_plain_http_only(enforcer: Enforcer, lab: Lab) -> None:
+    ask = ["curl", "-sS", "--max-time", "10", f"https://{ALLOWED}/v2/"]
+    within_tls = lab.run("ct", [*ask, "--proxy-insecure", "--proxy", f"https://{PROXY}:{PORT}"])
+    assert (within_tls.returncode, "alert access denied" in within_tls.stdout) == (35, True), within_tls.stdout
+    for scheme in ("socks5h", "socks4a"):
+        assert lab.run("ct", [*ask, "--proxy", f"{scheme}://{PROXY}:{PORT}"]).returncode == 97  # not its protocol
+
+
+@pytest.mark.attack("a second request behind an allowed one")
+def test_a_request_to_the_proxy_comes_alone_and_brings_nothing(
+    enforcer: Enforcer, lab: Lab, corporate: Callable[[], list[str]]
+) -> None:
+    before = len(corporate())
+    allowed = f"GET http://{PLAIN}/v2/ HTTP/1.1\\r\\nHost: {PLAIN}\\r\\n\\r\\n"
+    other = "GET http://evil.test:5000/v2/ HTTP/1.1\\r\\nHost: evil.test\\r\\n\\r\\n"
+    script = f"(printf '{allowed}{other}'; sleep 0.3) | busybox nc -w 5 {PROXY} {PORT}"
+    said = lab.run("ct", ["sh", "-c", script]).stdout
+    assert said.startswith("HTTP/1.1 403 "), said
+    # The price: to registries without TLS nothing can be pushed through a proxy.
+    exit_code, said = curl(lab, "ct", f"{PROXY}:{PORT}", f"http://{PLAIN}/v2/lib/hello/blobs/uploads/", "--data", "x")
+    assert (exit_code, '"DENIED"' in said) == (0, True), said
+    assert corporate()[before:] == []
 
 
 @pytest.mark.attack("the corporate proxy's own name as a registry's")
@@ -239,12 +267,10 @@ def test_a_proxys_own_name_permits_nothing_at_other_addresses(enforcer: Enforcer
 def test_an_unlisted_proxy_is_refused_where_connections_are_judged(enforcer: Enforcer, lab: Lab) -> None:
     # Engines on every port.
     assert lab.engine.attempt(EVIL_ADDRESS, PORT).refused
-    assert lab.engine.attempt(PROXY_ADDRESS, PORT).verdict in ("reached", "refused")  # 403 to what is no request to it
-    # Containers on registry ports: so a proxy may be reached on others, and there its own name for the far end counts.
+    # Containers on registry ports.
     enforcer.ensure(policy(more=BY_NAME).replace("ports = [443, 5000]", f"ports = [443, {PORT}, 5000]", 1))
     exit_code, said = curl(lab, "ct", f"{EVIL_ADDRESS}:{PORT}", f"https://{ALLOWED}/v2/")
-    assert exit_code != 0
-    assert "response 403" in said or "refused" in said, said
+    assert (exit_code, "response 403" in said) == (56, True), said
     assert curl(lab, "ct", f"{PROXY}:{PORT}", f"https://{ALLOWED}/v2/") == (0, "{}")
 
 
@@ -266,9 +292,19 @@ def test_a_users_own_proxy_gets_nobody_further_than_its_own_connections(
     assert (exit_code, "alert access denied" in said) == (35, True), said
 
 
-def _reaches(lab: Lab, options: Sequence[str], url: str) -> bool:
-    done = lab.run("ct", ["curl", "--silent", "--show-error", "--insecure", "--max-time", "10", *options, url])
+def reaches(lab: Lab, where: str, url: str, *options: str) -> bool:
+    """Whether curl gets a registry's answer to a ping."""
+    done = lab.run(where, ["curl", "--silent", "--insecure", "--max-time", "10", *options, url])
     return done.returncode == 0 and done.stdout.strip() == "{}"
+
+
+@pytest.mark.attack("the corporate proxy, where the host is refused registries only")
+def test_under_registries_what_is_recognised_is_refused_through_a_proxy_too(enforcer: Enforcer, lab: Lab) -> None:
+    enforcer.ensure(policy(host="registries", more=BY_NAME))
+    proxy = ["--proxy", f"http://{PROXY}:{PORT}"]
+    assert not reaches(lab, "host", "https://quay.io/v2/", *proxy)
+    assert reaches(lab, "host", "https://evil.test/v2/", *proxy)
+    assert reaches(lab, "host", f"https://{ALLOWED}/v2/", *proxy)
 
 
 @pytest.mark.attack("a local proxy, where the host is refused registries only")
@@ -278,7 +314,7 @@ def test_under_registries_a_users_own_proxy_reaches_what_is_not_recognised(
     enforcer.ensure(policy(host="registries", more=BY_NAME))
     own = ["--proxy", f"http://{BRIDGE}:{LOCAL_PORT}"]
     for url in ("https://quay.io/v2/", "http://evil.test:5000/v2/"):
-        assert not _reaches(lab, own, url)
-    # The price of a lenient host: a container that is strict gets as far as the host's own programs (THREATMODEL.md).
-    assert not _reaches(lab, [], "https://evil.test/v2/")
-    assert _reaches(lab, own, "https://evil.test/v2/")
+        assert not reaches(lab, "ct", url, *own)
+    # The price of a lenient host: whoever is judged strictly gets as far as the host's own programs (THREATMODEL.md).
+    assert not reaches(lab, "ct", "https://evil.test/v2/")
+    assert reaches(lab, "ct", "https://evil.test/v2/", *own)
