@@ -28,6 +28,10 @@ OUT_OF_SCOPE = {
     "VPN, SSH, DoH, websockets inside an allowed host": "Tunnels inside allowed hosts",
     "domain fronting: an allowed server name, another Host inside TLS": "Domain fronting and encrypted names",
     "the operator of a trusted resolver": "Who answers for a trusted resolver",
+    "DNS: a forger outside who is told port and id": "Who answers for a trusted resolver",
+    "DNS: host network and CAP_NET_RAW answer for a trusted stub on lo": "A stub resolver on this host",
+    "DNS: whoever owns a name below an allowed wildcard": "Names below a wildcard",
+    "DNS: data inside questions and answers": "Tunnels inside allowed hosts",
     "another Host in a later request of a plain HTTP connection": "Plain HTTP after its first request",
     "segments that the server drops (checksum, TTL) and the guard reads": "Segments that only the guard reads",
     "a flood that fills CPUs, disks or the connection table": "Load",
@@ -55,21 +59,19 @@ class Catalogue:
     """Collects, as a plugin of pytest, what became of the tests that try an attack."""
 
     def __init__(self) -> None:
-        self._words: dict[str, str] = {}  # node id -> attack
+        self._words: dict[str, list[str]] = {}  # node id -> attacks
         self._outcomes: dict[str, dict[str, str]] = defaultdict(dict)  # attack -> node id -> outcome
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Which tests try what."""
         for item in session.items:
-            marker = item.get_closest_marker("attack")
-            if marker is not None:
-                self._words[item.nodeid] = str(marker.args[0])
+            self._words[item.nodeid] = [str(marker.args[0]) for marker in item.iter_markers("attack")]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One phase of a test."""
-        words = self._words.get(report.nodeid)
-        if words is not None and (report.when == "call" or report.outcome != "passed"):
-            self._outcomes[words][report.nodeid] = report.outcome
+        if report.when == "call" or report.outcome != "passed":
+            for words in self._words.get(report.nodeid, ()):
+                self._outcomes[words][report.nodeid] = report.outcome
 
     def tried(self) -> Mapping[str, Tried]:
         """By attack."""

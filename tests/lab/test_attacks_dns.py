@@ -136,7 +136,7 @@ def assert_taught_nothing(lab: Lab, address: str) -> None:
     assert_refused(lab.engine.attempt(address))
 
 
-@attack("unsolicited answer from resolver:53")
+@attack("DNS: one unsolicited answer from the resolver's port 53")
 @pytest.mark.parametrize("sender", ["internet", "container", "root on the host"])
 def test_answer_to_no_question_teaches_nothing(enforcer: Enforcer, lab: Lab, sender: str) -> None:
     address = next(_forged_addresses)
@@ -148,7 +148,7 @@ def test_answer_to_no_question_teaches_nothing(enforcer: Enforcer, lab: Lab, sen
     assert_taught_nothing(lab, address)
 
 
-@attack("forged answer: wrong transaction id, port, server, question")
+@attack("DNS: a forged answer with a wrong transaction id, port, server or question")
 @pytest.mark.parametrize(
     "forged",
     [
@@ -170,7 +170,7 @@ def test_answer_that_differs_from_what_was_asked_teaches_nothing(
     assert_taught_nothing(lab, address)
 
 
-@attack("second answer to one query")
+@attack("DNS: a second answer to one query")
 def test_answer_teaches_once(enforcer: Enforcer, lab: Lab, asker: str) -> None:
     first, second = next(_forged_addresses), next(_forged_addresses)
     forge(lab.net, asker, first)
@@ -181,7 +181,7 @@ def test_answer_teaches_once(enforcer: Enforcer, lab: Lab, asker: str) -> None:
     assert_taught_nothing(lab, second)
 
 
-@attack("second answer to one query")
+@attack("DNS: a second answer to one query")
 def test_second_answer_that_a_trusted_resolver_sends_teaches_nothing(enforcer: Enforcer, lab: Lab) -> None:
     ask(lab.ct, ODD, name_of("twice", "198.18.90.20"))
     known = learned(lab, enforcer)
@@ -189,7 +189,7 @@ def test_second_answer_that_a_trusted_resolver_sends_teaches_nothing(enforcer: E
     assert "198.18.90.21" not in known
 
 
-@attack("wrong guess")
+@attack("DNS: guesses, until one fits")
 def test_wrong_guess_of_the_question_costs_the_right_answer_too(enforcer: Enforcer, lab: Lab, asker: str) -> None:
     address = next(_forged_addresses)
     forge(lab.net, asker, address, name="two.silent.allowed.test")
@@ -197,7 +197,7 @@ def test_wrong_guess_of_the_question_costs_the_right_answer_too(enforcer: Enforc
     assert address not in learned(lab, enforcer)
 
 
-@attack("a container answers with a forged source address, port and id leaked by a colluding one")
+@attack("DNS: a container answers, source address forged, port and id leaked by a colluding one")
 @pytest.mark.parametrize("sender", ["ct", "its neighbour"])
 def test_right_answer_from_a_container_teaches_nothing(
     enforcer: Enforcer, lab: Lab, neighbour: Agent, asker: str, sender: str
@@ -209,7 +209,7 @@ def test_right_answer_from_a_container_teaches_nothing(
     assert_taught_nothing(lab, address)
 
 
-@attack("a --network host container, or any raw socket of the host, answers itself over lo")
+@attack("DNS: a container on the host's network answers itself over lo")
 def test_right_answer_over_lo_to_what_was_asked_through_the_uplink_teaches_nothing(
     enforcer: Enforcer, lab: Lab, asker: str
 ) -> None:
@@ -222,7 +222,7 @@ def test_right_answer_over_lo_to_what_was_asked_through_the_uplink_teaches_nothi
     assert_reached(lab.ct.attempt(genuine))
 
 
-@attack("a user of the host answers himself")
+@attack("DNS: a user of the host answers himself")
 def test_user_without_rights_can_forge_nothing_or_what_he_forges_teaches_nothing(
     enforcer: Enforcer, lab: Lab, asker: str
 ) -> None:
@@ -248,7 +248,7 @@ def test_user_without_rights_can_forge_nothing_or_what_he_forges_teaches_nothing
     assert_taught_nothing(lab, address)
 
 
-@attack("the workload asks its own server")
+@attack("DNS: the workload asks its own server")
 @pytest.mark.parametrize("tcp", [False, True], ids=["udp", "tcp"])
 def test_allowed_name_asked_of_another_server_teaches_nothing(enforcer: Enforcer, lab: Lab, tcp: bool) -> None:
     address = "198.18.90.30"
@@ -259,7 +259,7 @@ def test_allowed_name_asked_of_another_server_teaches_nothing(enforcer: Enforcer
     assert_taught_nothing(lab, address)
 
 
-@attack("a container takes the address of a trusted resolver")
+@attack("DNS: a container takes the address of a trusted resolver")
 def test_right_answer_of_a_resolver_that_is_reached_through_a_bridge_teaches_nothing(
     enforcer: Enforcer, lab: Lab, neighbour: Agent
 ) -> None:
@@ -282,14 +282,13 @@ def test_right_answer_of_a_resolver_that_is_reached_through_a_bridge_teaches_not
 
 
 # --- what an answer may look like ------------------------------------------------------------------------------------
-@attack("DNS over TCP unseen; several messages in one stream")
 def test_each_of_several_messages_in_one_tcp_stream_teaches(enforcer: Enforcer, lab: Lab) -> None:
     ask(lab.ct, ODD, name_of("plain", "198.18.90.40"), name_of("plain", "198.18.90.41"), tcp=True)
     assert_reached(lab.ct.attempt("198.18.90.40"))
     assert_reached(lab.ct.attempt("198.18.90.41"))
 
 
-@attack("several messages in one stream: only the first judged")
+@attack("DNS over TCP: a message behind an allowed one in the same stream")
 def test_evil_message_behind_an_allowed_one_in_a_tcp_stream_teaches_nothing(enforcer: Enforcer, lab: Lab) -> None:
     ask(lab.ct, ODD, name_of("plain", "198.18.90.42"), "evil.test", tcp=True)
     ask(lab.ct, ODD, name_of("plain", "198.18.90.43"), name_of("stray", "198.18.90.44"), tcp=True)
@@ -298,7 +297,7 @@ def test_evil_message_behind_an_allowed_one_in_a_tcp_stream_teaches_nothing(enfo
     assert not {address_of("evil.test"), "198.18.90.44"} & known
 
 
-@attack("one message over several segments")
+@attack("DNS over TCP: one message in many segments")
 def test_message_in_many_tcp_segments_is_asked_for_by_the_daemon(enforcer: Enforcer, lab: Lab) -> None:
     (answer,) = ask(lab.ct, ODD, name_of("split", "198.18.90.45"), tcp=True)
     assert "198.18.90.45" in str(answer)
@@ -306,23 +305,23 @@ def test_message_in_many_tcp_segments_is_asked_for_by_the_daemon(enforcer: Enfor
     assert "198.18.90.45" not in learned(lab, enforcer)
 
 
-@attack("truncated answers")
+@attack("DNS: a truncated answer")
 def test_truncated_answer_is_asked_for_over_tcp(enforcer: Enforcer, lab: Lab) -> None:
     ask(lab.ct, ODD, name_of("truncated", "198.18.90.46"))
     poll("the daemon's own question", lambda: ("198.18.90.46", 443) in enforcer.permitted())
     assert_reached(lab.ct.attempt("198.18.90.46"))
 
 
-@attack("EDNS 4096 in fragments")
+@attack("DNS: an answer in IP fragments")
 def test_answer_in_fragments_is_asked_for_by_the_daemon(enforcer: Enforcer, lab: Lab) -> None:
     (answer,) = ask(lab.ct, ODD, name_of("fragments", "198.18.90.47"))
     assert len(answer.answer[0]) + len(answer.answer) > 100
     poll("the daemon's own question", lambda: ("198.18.90.47", 443) in enforcer.permitted())
 
 
-@attack("QDCOUNT > 1")
-@attack("CNAME chains that do not root at the question")
-@attack("compression loops")
+@attack("DNS: two questions in one message")
+@attack("DNS: CNAME chains that do not begin at the question")
+@attack("DNS: compression loops")
 @pytest.mark.parametrize("kind", ["questions", "other", "stray", "loop", "pointers"])
 def test_address_that_the_question_does_not_lead_to_is_not_learned(enforcer: Enforcer, lab: Lab, kind: str) -> None:
     address = f"198.18.90.{50 + len(kind)}"
@@ -331,9 +330,6 @@ def test_address_that_the_question_does_not_lead_to_is_not_learned(enforcer: Enf
     assert_taught_nothing(lab, address)
 
 
-@attack("CNAME chains")
-@attack("mixed case")
-@attack("25+ records")
 @pytest.mark.parametrize("kind", ["alias", "swapped", "many"])
 def test_address_that_the_question_leads_to_is_learned_before_the_client_has_it(
     enforcer: Enforcer, lab: Lab, kind: str
@@ -343,7 +339,6 @@ def test_address_that_the_question_leads_to_is_learned_before_the_client_has_it(
     assert_reached(lab.ct.attempt(address))
 
 
-@attack("TTL 0")
 def test_ttl_of_zero_lasts_as_long_as_a_client_may_keep_it(enforcer: Enforcer, lab: Lab) -> None:
     ask(lab.ct, ODD, name_of("immortal", "198.18.90.70"))
     assert "198.18.90.70" in learned(lab, enforcer)
@@ -351,7 +346,6 @@ def test_ttl_of_zero_lasts_as_long_as_a_client_may_keep_it(enforcer: Enforcer, l
     assert LIFETIME_FLOOR_SECONDS - 30 < entry["expires_at"] - time.time() <= LIFETIME_FLOOR_SECONDS + 1
 
 
-@attack("253-char names")
 def test_name_of_253_characters_is_learned_and_a_longer_one_is_none(enforcer: Enforcer, lab: Lab) -> None:
     ending = "." + name_of("plain", "198.18.90.71")
     labels = ".".join(["x" * 49] * 5)
@@ -362,8 +356,8 @@ def test_name_of_253_characters_is_learned_and_a_longer_one_is_none(enforcer: En
     assert_reached(lab.ct.attempt("198.18.90.71"))
 
 
-@attack("wildcard that swallows evilx, the apex, or a prefix")
-@attack("names in IDNA")
+@attack("DNS: names beside a wildcard: evilx, the apex, a prefix")
+@attack("DNS: look-alikes in IDNA")
 def test_names_beside_a_pattern_are_not_in_it(enforcer: Enforcer, lab: Lab) -> None:
     outside = [
         "odd.allowed.test", "evilodd.allowed.test", "odd.allowed.test.evil.test", "x.odd.allowed.test.evil.test",
@@ -377,7 +371,7 @@ def test_names_beside_a_pattern_are_not_in_it(enforcer: Enforcer, lab: Lab) -> N
     assert [name for name in inside if address_of(name.lower()) not in known] == []
 
 
-@attack("answers of 127.0.0.1, 169.254.169.254, 0.0.0.0, the host's own addresses for a public name")
+@attack("DNS: answers of loopback, metadata services, the host's and its containers' own addresses")
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "127.8.8.8", "169.254.169.254", "0.0.0.0", "224.0.0.1", "255.255.255.255", HOST_ADDRESS, "10.77.0.1",
@@ -388,7 +382,7 @@ def test_address_that_no_registry_has_is_learned_for_no_name(enforcer: Enforcer,
     assert address not in learned(lab, enforcer)
 
 
-@attack("answers in RFC1918 for a public name")
+@attack("DNS: private addresses for a public name (rebinding)")
 def test_private_address_is_learned_for_the_operators_names_and_for_no_presets(enforcer: Enforcer, lab: Lab) -> None:
     enforcer.ensure('presets = ["docker-hub"]\n' + ODD_POLICY)
     ask(lab.ct, ODD, "registry-1.docker.io")
@@ -399,7 +393,7 @@ def test_private_address_is_learned_for_the_operators_names_and_for_no_presets(e
 
 
 # --- answers that no packet shows ------------------------------------------------------------------------------------
-@attack("DoH and DoT to unlisted servers")
+@attack("DNS over HTTPS at an unlisted server")
 def test_dns_over_https_to_an_unlisted_server_is_refused(enforcer: Enforcer, lab: Lab) -> None:
     assert_refused(lab.ct.attempt(EVIL_ADDRESS, 443))
     assert_refused(lab.engine.attempt(EVIL_ADDRESS, 443))
@@ -412,7 +406,7 @@ def _listening_on_853(lab: Lab) -> None:
     poll("a server on 853", lambda: lab.net.attempt("127.0.0.1", 853).reached)
 
 
-@attack("DoT")
+@attack("DNS over TLS and QUIC at an unlisted server, from containers, by option")
 @pytest.mark.usefixtures("_listening_on_853")
 def test_dns_over_tls_of_containers_is_refused_by_option_and_nobody_elses(enforcer: Enforcer, lab: Lab) -> None:
     assert_reached(lab.ct.attempt(EVIL_ADDRESS, 853))
@@ -426,7 +420,7 @@ def test_dns_over_tls_of_containers_is_refused_by_option_and_nobody_elses(enforc
     assert_reached(lab.ct.attempt(EVIL_ADDRESS, 853))
 
 
-@attack("DoT")
+@attack("DNS over TLS and QUIC at an unlisted server, from containers, by option")
 @pytest.mark.usefixtures("_listening_on_853")
 def test_open_dns_over_tls_ends_when_it_is_refused(enforcer: Enforcer, lab: Lab) -> None:
     lab.ct.call("hold", key="dot", name=EVIL_ADDRESS, port=853)
@@ -434,7 +428,7 @@ def test_open_dns_over_tls_ends_when_it_is_refused(enforcer: Enforcer, lab: Lab)
     assert_refused(lab.ct.talk("dot"))
 
 
-@attack("DoH through a permitted host; nss-resolve over a Unix socket; a cached answer; hosts file")
+@attack("an address from DoH, a Unix socket (nss-resolve), a cache or a hosts file")
 def test_address_whose_answer_no_packet_showed_is_refused_until_one_does(enforcer: Enforcer, lab: Lab) -> None:
     """However the client came by it: what is not seen teaches nothing, and nothing is opened on a client's word."""
     name = fresh_name(16_000)
@@ -453,7 +447,7 @@ def _stub(enforcer: Enforcer, lab: Lab, _own_resolver_afterwards: None) -> Itera
         yield
 
 
-@attack("a --network host container answers in the name of a stub on lo")
+@attack("DNS: a stub on lo that is not trusted is answered for by a container on the host's network")
 @pytest.mark.usefixtures("_stub")
 def test_stub_that_is_not_trusted_cannot_be_forged_and_its_names_are_learned_from_those_behind_it(
     enforcer: Enforcer, lab: Lab
@@ -506,7 +500,7 @@ def _own_resolver_afterwards(lab: Lab, any_enforcer: Enforcer) -> Iterator[None]
     poll("the lab's resolver", lambda: RESOLVER in any_enforcer.status()["resolvers"])
 
 
-@attack("the resolver changes (DHCP, VPN): the old one goes on answering")
+@attack("DNS: the host's former resolver goes on answering after DHCP or a VPN")
 @pytest.mark.usefixtures("_own_resolver_afterwards")
 @pytest.mark.parametrize("change", CHANGES)
 def test_new_resolver_teaches_at_once_and_the_old_one_no_more(
@@ -532,7 +526,6 @@ def test_new_resolver_teaches_at_once_and_the_old_one_no_more(
     assert_reached(lab.ct.attempt(f"198.18.90.{n}"))  # for as long as its answer said
 
 
-@attack("the resolver changes: the first moment of the new one")
 @pytest.mark.usefixtures("_own_resolver_afterwards")
 def test_question_in_the_moment_of_the_change_is_learned_when_it_is_answered(enforcer: Enforcer, lab: Lab) -> None:
     enforcer.ensure(odd_policy())
@@ -542,7 +535,7 @@ def test_question_in_the_moment_of_the_change_is_learned_when_it_is_answered(enf
         assert_reached(lab.ct.attempt(f"198.18.90.{140 + turn}"))
 
 
-@attack("the resolver changes: questions under way")
+@attack("DNS: the answer of a resolver that the operator has taken away")
 @pytest.mark.usefixtures("_own_resolver_afterwards")
 @pytest.mark.parametrize("by", ["the network", "the policy"])
 def test_question_under_way_is_answered_unless_the_operator_took_the_resolver_away(
@@ -600,7 +593,7 @@ def small(any_enforcer: Enforcer, lab: Lab) -> Iterator[Enforcer]:
     any_enforcer.start(odd_policy(ODD))
 
 
-@attack("a name flood that evicts others; memory that grows without bound under fresh names")
+@attack("DNS: a flood of fresh allowed names that evicts others or fills the memory")
 def test_flood_of_fresh_allowed_names_evicts_nothing_in_use_and_cuts_nothing(small: Enforcer, lab: Lab) -> None:
     flood = functools.partial(lab.ct.call, "flood_names", server=RESOLVER, suffix="fresh.allowed.test")
     ask(lab.ct, ODD, name_of("plain", "198.18.90.160"))  # another pattern's
@@ -632,7 +625,7 @@ def test_flood_of_fresh_allowed_names_evicts_nothing_in_use_and_cuts_nothing(sma
 
 
 # --- last: it has to be late -----------------------------------------------------------------------------------------
-@attack("late answer")
+@attack("DNS: a late answer")
 def test_answer_that_comes_late_teaches_nothing(enforcer: Enforcer, lab: Lab, late_question: float) -> None:
     time.sleep(max(0.0, late_question + QUERY_WINDOW_SECONDS + 0.5 - time.monotonic()))
     address = next(_forged_addresses)
