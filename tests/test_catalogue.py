@@ -58,8 +58,8 @@ def test_a_registrys_front_end_is_recognised(name: str, registry: str) -> None:
     "name",
     [
         # browsers and package managers
-        *("pypi.org", "files.pythonhosted.org", "registry.npmjs.org", "deb.debian.org", "github.com", "gitlab.com"),
-        *("crates.io", "proxy.golang.org", "repo.maven.apache.org", "hub.docker.com", "download.docker.com"),
+        *("rubygems.org", "repo.maven.apache.org", "api.nuget.org", "dl.fedoraproject.org", "packages.microsoft.com"),
+        *("github.com", "gitlab.com", "codeberg.org", "hub.docker.com", "download.docker.com", "registry.terraform.io"),
         *("us-python.pkg.dev", "europe-npm.pkg.dev", "npm.pkg.github.com", "corp.jfrog.io", "aws.amazon.com"),
         # what stores layers, and other things
         *("storage.googleapis.com", "s3.amazonaws.com", "x.blob.core.windows.net", "objects.githubusercontent.com"),
