@@ -25,6 +25,8 @@ Reply = dict[str, Any]
 
 _REFUSED = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EPERM}  # EPERM: by connect(2) itself
 _A, _AAAA = 1, 28
+# Whoever is at the other end; a daemon that is just starting listens before it answers.
+_ANSWER_SECONDS = 2 * float(os.environ.get("LAB_PATIENCE", "1"))
 
 
 def attempt(address: str, port: int, timeout: float, mark: int = 0) -> Reply:
@@ -56,7 +58,7 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0) -> Reply:
 
 def _denied(connection: socket.socket) -> bool:
     """Whether the enforcer's responder has taken this connection; servers of TLS and of anything else say no 403."""
-    connection.settimeout(2)
+    connection.settimeout(_ANSWER_SECONDS)
     connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
     try:
         return connection.recv(4096).startswith(b"HTTP/1.1 403 ")
