@@ -311,7 +311,7 @@ class Lab:
         return process
 
     def run(
-        self, where: str, argv: Sequence[str], *, timeout: float = 60, text: str = ""
+        self, where: str, argv: Sequence[str], *, timeout: float = 2 * _DEADLINE, text: str = ""
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end, stdout and stderr as one text; exit code 124 if it had to be ended."""
         started = subprocess.Popen(
