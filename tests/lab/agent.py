@@ -27,6 +27,8 @@ Reply = dict[str, Any]
 
 _REFUSED = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EPERM}  # EPERM: by connect(2) itself
 _A, _AAAA = 1, 28
+# Whoever is at the other end; a daemon that is just starting listens before it answers.
+_ANSWER_SECONDS = 2 * float(os.environ.get("LAB_PATIENCE", "1"))
 
 
 # Whom a request asks for that goes to an address, not to a name; nobody at addresses that no rule knows.
@@ -66,7 +68,7 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
 
 def _denied(connection: socket.socket, host: str | None) -> bool:
     """Whether the enforcer's responder has taken this connection; servers of TLS and of anything else say no 403."""
-    connection.settimeout(2)
+    connection.settimeout(_ANSWER_SECONDS)
     field = "" if host is None else f"Host: {host}\r\n"
     connection.sendall(f"GET / HTTP/1.0\r\n{field}\r\n".encode())
     try:

@@ -296,7 +296,9 @@ class Lab:
     def environment(self) -> dict[str, str]:
         """A clean one: nothing of this machine's proxies, certificates or docker contexts."""
         home = str(self.directory / "home")
-        return {"PATH": _PATH, "HOME": home, "LANG": "C.UTF-8", "DOCKER_CONFIG": home + "/docker"}
+        patience = os.environ.get("LAB_PATIENCE", "1")
+        return {"PATH": _PATH, "HOME": home, "LANG": "C.UTF-8", "DOCKER_CONFIG": home + "/docker",
+                "LAB_PATIENCE": patience}  # fmt: skip
 
     def spawn(self, where: str, argv: Sequence[str], log: str, *, mounts: bool = True) -> subprocess.Popen[bytes]:
         """Start a process that lives until the lab ends; its output goes to `log`."""
@@ -309,7 +311,7 @@ class Lab:
         return process
 
     def run(
-        self, where: str, argv: Sequence[str], *, timeout: float = 60, text: str = ""
+        self, where: str, argv: Sequence[str], *, timeout: float = 2 * _DEADLINE, text: str = ""
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end, stdout and stderr as one text; exit code 124 if it had to be ended."""
         started = subprocess.Popen(
