@@ -309,7 +309,7 @@ def _finding(marks: Marks, use: Use, move: str) -> Finding:
             f"compare it under the mask {others:#010x}",
         ),
         How.SETS: (
-            "it takes our bits away: a first connection may be refused in the instant before the rules know its address",
+            "it takes our bits away: a first connection may be refused before the rules know its address",
             f"set it under the mask {others:#010x}",
         ),
     }

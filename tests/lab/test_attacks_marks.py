@@ -113,6 +113,15 @@ def mark_between_syns(agent: Agent, address: str) -> None:
     agent.call("await_connection", key="s")
 
 
+def translated(kind: str) -> Act:
+    def act(agent: Agent, address: str) -> None:
+        agent.call("make", key="s", kind=kind)
+        agent.call("mark", key="s", value=FORGED)
+        agent.call("connect", key="s", address=SERVICES[address])
+
+    return act
+
+
 def racing_marks(agent: Agent, address: str) -> None:
     agent.call("race", address=address, forged=FORGED, count=1_000)
 
@@ -263,6 +272,8 @@ ATTACKS = (
     Attack("SO_MARK before connect, UDP", mark_before_connect("udp")),
     Attack("SO_MARK after connect, UDP", mark_after_connect),
     Attack("SO_MARK between two SYNs", mark_between_syns, families=(4,)),
+    Attack("to a translated address, TCP", translated("tcp"), families=(4,)),
+    Attack("to a translated address, MPTCP", translated("mptcp"), families=(4,)),
     Attack("SO_MARK in a race with connect", racing_marks, by=("net_raw",), families=(4,)),
     Attack("SO_MARK behind bind, TCP", bound("tcp")),
     Attack("SO_MARK behind bind, MPTCP", bound("mptcp")),
