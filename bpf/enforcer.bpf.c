@@ -9,7 +9,7 @@
  *	guard		tc egress of uplinks; _netns: where a packet tells its network namespace (6.15)
  *	connect4 ...	cgroup hooks; _pidns: where bpf_get_ns_current_pid_tgid is allowed in them (6.10)
  *	sock_create	cgroup hook: the scope of raw sockets and of first UDP packets
- *	setsockopt	cgroup hook: keeps our bits of the mark (5.8)
+ *	setsockopt	cgroup hook: keeps our bits of the mark (6.1)
  *	stamp_...	cgroup hook, and sock_ops: in place of those hooks where they may not mark (before 5.8)
  *
  * Each loads alone: where a kernel refuses one, the others still serve.

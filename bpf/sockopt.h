@@ -22,25 +22,24 @@ INLINE int is_around_tc(struct bpf_sockopt *context)
 	       context->level == SOL_XDP_LEVEL;
 }
 
-/* Our bits of the mark that is set, from the socket. What is too short for a mark the kernel refuses. */
+/* Our bits of the mark that is set, from the socket. What is too short for a mark the kernel refuses. Of a longer
+ * option it reads the beginning, so that is all it gets: left to itself it would take it from the caller's memory. */
 INLINE void keep_our_bits(struct bpf_sockopt *context, struct settings *settings)
 {
 	__u32 *wanted = context->optval;
 
-	if (!context->sk || (void *)(wanted + 1) > context->optval_end)
+	if (!context->sk || context->optlen < (__s32)sizeof(*wanted) || (void *)(wanted + 1) > context->optval_end)
 		return;
 	*wanted = (*wanted & ~settings->mark_mask) | (context->sk->mark & settings->mark_mask);
+	context->optlen = sizeof(*wanted);
 }
 
-INLINE int may_set(struct bpf_sockopt *context, int look_at_pidns)
+INLINE int judge_option(struct bpf_sockopt *context, int look_at_pidns)
 {
+	int marks = context->level == SOL_SOCKET_LEVEL && context->optname == SO_MARK_OPTION;
 	__u32 container = SCOPE_CONTAINER, *level;
 	struct settings *settings;
-	int marks = context->level == SOL_SOCKET_LEVEL && context->optname == SO_MARK_OPTION;
 
-	/* The kernel then takes the caller's memory, of which it has copied a page for us. */
-	if (context->optlen > LONGEST_COPIED)
-		context->optlen = 0;
 	if (!marks && !is_around_tc(context))
 		return 1;
 	settings = find_settings();
@@ -54,6 +53,16 @@ INLINE int may_set(struct bpf_sockopt *context, int look_at_pidns)
 	if (!level || *level == JUDGED_NONE || settings->observing)
 		return 1;
 	return scope_of_current(settings, look_at_pidns) != SCOPE_CONTAINER;
+}
+
+INLINE int may_set(struct bpf_sockopt *context, int look_at_pidns)
+{
+	int may = judge_option(context, look_at_pidns);
+
+	/* 0: the kernel takes the caller's memory, of which it has copied a page for us. */
+	if (context->optlen > LONGEST_COPIED)
+		context->optlen = 0;
+	return may;
 }
 
 #endif

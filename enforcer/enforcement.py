@@ -843,7 +843,7 @@ class Enforcement:
             self._cgroups[cgroup.path] = cgroup.scope
         self._stamp(appeared)
         if self._table_present and self._capabilities.scopes_in_nft:
-            self._apply_with_cgroups(functools.partial(ruleset.render_cgroups, self._capabilities))
+            self._apply_with_cgroups(functools.partial(ruleset.render_cgroups, self.policy.marks, self._capabilities))
 
     def _apply_with_cgroups(self, render: Callable[[Iterable[tuple[str, MarkedScope]]], str]) -> None:
         """Apply what names cgroups, which may vanish before nft has looked them up: then without those."""

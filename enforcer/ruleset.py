@@ -160,9 +160,9 @@ table inet {TABLE} {{
 	# Sockets of this host, by the scope that the connect hooks stamped into the mark.
 	chain output {{
 		type filter hook output priority filter + 10; policy accept;
-{_lines(_output(capabilities, responder))}
+{_lines(_output(policy.marks, capabilities, responder))}
 	}}
-{_own_mark(policy.marks, capabilities)}
+{_own_mark(policy.marks, capabilities, cgroups)}
 	# What output could not know: where a translated or re-routed packet of this host really leaves. Only a drop is
 	# possible here.
 	chain postrouting {{
@@ -184,7 +184,7 @@ table inet {TABLE} {{
 
 	# Each judge accepts, or returns what is to be refused.
 	chain judge_local {{
-{_lines(_judge_local(policy.marks, capabilities, cgroups))}
+{_lines(_judge_local(policy.marks, capabilities))}
 	}}
 
 {_judges(policy, capabilities)}
@@ -276,35 +276,63 @@ def _counters(capabilities: Capabilities) -> Iterator[str]:
 
 
 def _asks_sockets(capabilities: Capabilities) -> bool:
-    """Whether the table knows a socket's mark from that of its packets."""
-    return Feature.SOCKET in capabilities.features and Origin.LOCAL in capabilities.marked
+    """Whether the table knows a socket's scope from what its packets carry."""
+    stamped = capabilities.scopes_in_nft or Origin.LOCAL in capabilities.marked
+    return Feature.SOCKET in capabilities.features and stamped
 
 
-def _own_mark(marks: Marks, capabilities: Capabilities) -> str:
+def _own_mark(marks: Marks, capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> str:
     if not _asks_sockets(capabilities):
         return ""
-    bits = [1 << number for number in range(32) if marks.mask >> number & 1]
-    rules = [f"socket mark & {bit:#010x} == {bit:#010x} meta mark set meta mark | {bit:#010x}" for bit in bits]
-    rules += [f"socket mark & {bit:#010x} == 0 meta mark set meta mark & {0xFFFFFFFF ^ bit:#010x}" for bit in bits]
+    if capabilities.scopes_in_nft:
+        rules = [
+            "# No connect hook stamps sockets: their cgroup tells the scope, the deepest that is known.",
+            *_mark_by_cgroup(marks, cgroups),
+        ]
+    else:
+        rules = [
+            "# A control message may have given the packet another one, or somebody's rule; on unconnected UDP it is",
+            "# that of the packet before.",
+            *_mark_by_socket(marks),
+        ]
     return f"""
-	# Our bits of a packet's mark, from its socket: a control message may have given it another one, or somebody's rule,
-	# and on unconnected UDP it is that of the packet before.
+	# Our bits of a packet's mark, from its socket, of which postrouting may not ask.
 	chain own_mark {{
 {_lines(rules)}
 	}}
 """
 
 
-def _restore_mark(capabilities: Capabilities) -> Iterator[str]:
-    if _asks_sockets(capabilities):
-        yield "# Where there is a socket: looking for one that has gone crashed kernels before 5.18."
-        yield "meta skuid >= 0 jump own_mark"
+def _mark_by_socket(marks: Marks) -> Iterator[str]:
+    bits = [1 << number for number in range(32) if marks.mask >> number & 1]
+    for bit in bits:
+        yield f"socket mark & {bit:#010x} == {bit:#010x} meta mark set meta mark | {bit:#010x}"
+    for bit in bits:
+        yield f"socket mark & {bit:#010x} == 0 meta mark set meta mark & {0xFFFFFFFF ^ bit:#010x}"
 
 
-def _output(capabilities: Capabilities, responder: Responder | None) -> Iterator[str]:
+def _mark_by_cgroup(marks: Marks, cgroups: Iterable[tuple[str, MarkedScope]]) -> Iterator[str]:
+    others = f"{0xFFFFFFFF ^ marks.mask:#010x}"
+    for path, scope in sorted(cgroups, key=lambda each: (-each[0].count("/"), each)):
+        if _CGROUP_PATH.fullmatch(path):
+            told = f'socket cgroupv2 level {path.count("/") + 1} "{path}"'
+            yield f"{told} meta mark set meta mark & {others} | {marks.of(scope):#010x} return"
+    yield f"meta mark set meta mark & {others} | {marks.of(MarkedScope.HOST):#010x}"
+
+
+def _restore_mark(marks: Marks, capabilities: Capabilities) -> Iterator[str]:
+    if not _asks_sockets(capabilities):
+        return
+    if capabilities.scopes_in_nft:
+        yield f"meta mark set meta mark & {0xFFFFFFFF ^ marks.mask:#010x}"
+    yield "# Where there is a socket: looking for one that has gone crashed kernels before 5.18."
+    yield "meta skuid >= 0 jump own_mark"
+
+
+def _output(marks: Marks, capabilities: Capabilities, responder: Responder | None) -> Iterator[str]:
     if Feature.CT in capabilities.features:
         yield "jump never_judged"
-    yield from _restore_mark(capabilities)
+    yield from _restore_mark(marks, capabilities)
     if Feature.CT not in capabilities.features:
         yield "# Whether a packet was translated is not known, and so not where it leaves: postrouting judges."
         yield "accept"
@@ -347,25 +375,12 @@ def _never_judged(capabilities: Capabilities) -> Iterator[str]:
         yield "jump internal"
 
 
-def _judge_local(marks: Marks, capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> Iterator[str]:
-    if capabilities.scopes_in_nft:
-        yield "# No connect hook stamps sockets: their cgroup tells the scope, the deepest that is known."
-        yield from _judge_by_cgroup(cgroups)
-        return
-    if Origin.LOCAL in capabilities.marked:
+def _judge_local(marks: Marks, capabilities: Capabilities) -> Iterator[str]:
+    if Origin.LOCAL in capabilities.marked or capabilities.scopes_in_nft:
         yield "# No verdict map: while the table is replaced, the elements of the old map are gone before its rule is."
         for scope in (MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER):
             told = f"meta mark & {marks.scope_mask:#010x} == {marks.of(scope):#010x}"
             yield f"{told} goto judge_{scope.name.lower()}"
-    yield "goto judge_unknown"
-
-
-def _judge_by_cgroup(cgroups: Iterable[tuple[str, MarkedScope]]) -> Iterator[str]:
-    for path, scope in sorted(cgroups, key=lambda each: (-each[0].count("/"), each)):
-        if _CGROUP_PATH.fullmatch(path):
-            level = path.count("/") + 1
-            yield f'socket cgroupv2 level {level} "{path}" goto judge_{scope.name.lower()}'
-    yield 'socket cgroupv2 level 0 "." goto judge_host'
     yield "goto judge_unknown"
 
 
@@ -477,7 +492,7 @@ def _responder_chains(policy: Policy, capabilities: Capabilities, responder: Res
 	}}
 	chain redirect_local {{
 		type nat hook output priority -90; policy accept;
-{_lines(_redirect_local(responder, capabilities))}
+{_lines(_redirect_local(policy.marks, responder, capabilities))}
 	}}
 """
 
@@ -489,14 +504,14 @@ def _seen_by_the_gate(marks: Marks, capabilities: Capabilities) -> Iterator[str]
         yield f"meta mark & {marks.scope_mask:#010x} != {marks.of(MarkedScope.CONTAINER):#010x} accept"
 
 
-def _redirect_local(responder: Responder, capabilities: Capabilities) -> Iterator[str]:
+def _redirect_local(marks: Marks, responder: Responder, capabilities: Capabilities) -> Iterator[str]:
     if responder.local:
         yield "meta l4proto != tcp accept"
         yield f"{_NO_SYN} accept"
         yield "oifname @internal accept"
         yield _HOST_LOOPBACK
         yield _REDIRECT_LIMIT
-        yield from _restore_mark(capabilities)
+        yield from _restore_mark(marks, capabilities)
         yield "jump judge_local"
         yield f"meta l4proto tcp redirect to :{responder.port}"
 
@@ -543,11 +558,11 @@ def _replace_rules(chain: str, rules: Iterable[str]) -> str:
     return f"flush chain inet {TABLE} {chain}\n" + "".join(added)
 
 
-def render_cgroups(capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> str:
+def render_cgroups(marks: Marks, capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> str:
     """Has scopes told by these cgroups from now on; empty where nftables does not tell them."""
     if not capabilities.scopes_in_nft:
         return ""
-    return _replace_rules("judge_local", _judge_by_cgroup(cgroups))
+    return _replace_rules("own_mark", _mark_by_cgroup(marks, cgroups))
 
 
 def render_elements(permit: Iterable[Element], withdraw: Iterable[tuple[Address, int]]) -> str:

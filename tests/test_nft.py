@@ -43,7 +43,7 @@ from enforcer.ruleset import (
     render_removal,
     render_ruleset,
 )
-from tests.test_ruleset import DEFAULT, FULL, GOLDEN, rule
+from tests.test_ruleset import DEFAULT, FULL, GOLDEN, RUNG_POLICY, RUNGS, rule
 
 pytestmark = pytest.mark.root
 
@@ -703,6 +703,37 @@ def test_other_bits_of_the_mark_do_not_matter(host: Host, plan: Plan) -> None:
     assert tcp(host.lab.host, plan.evil, mark=ENGINE | others) is Outcome.RESET
     assert tcp(host.lab.host, plan.evil, mark=HOST | others) is Outcome.OPEN
     assert tcp(host.lab.host, plan.evil, mark=ENGINE | MARKS.vouched | others) is Outcome.OPEN
+
+
+def test_mark_of_a_message_is_not_its_sockets(host: Host, plan: Plan) -> None:
+    def send(mark: int, told: int) -> Outcome:
+        with opened(host.lab.host, socket.SOCK_DGRAM, plan.evil, mark) as client:
+            marking = [(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", told))]
+
+            def exchange() -> bytes:
+                client.connect((plan.evil, 443))
+                with contextlib.suppress(PermissionError):
+                    client.sendmsg([b"x"], marking)
+                return client.recv(100)
+
+            return outcome(exchange)
+
+    assert send(ENGINE, HOST) is Outcome.PROHIBITED
+    assert send(ENGINE, MARKS.vouched | HOST) is Outcome.PROHIBITED
+    assert send(HOST, ENGINE) is Outcome.OPEN
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_every_rung_is_taken_by_the_kernel(host: Host, name: str) -> None:
+    host.nft.apply(render_removal() + render_ruleset(RUNG_POLICY, RUNGS[name], INTERNAL))
+
+
+@pytest.mark.parametrize("level", [Level.STRICT, Level.OFF])
+def test_without_bpf_the_cgroup_tells_the_scope_whatever_the_mark(host: Host, plan: Plan, level: Level) -> None:
+    policy = replace(DEFAULT, scope=Scope(containers=Level.STRICT, engines=Level.STRICT, host=level))
+    host.nft.apply(render_removal() + render_ruleset(policy, RUNGS["without-bpf"], INTERNAL))
+    for mark in (0, ENGINE, MARKS.vouched | HOST):
+        assert (udp(host.lab.host, plan.evil, mark=mark) is Outcome.OPEN) == (level is Level.OFF)
 
 
 @pytest.mark.parametrize(("protocol", "refused"), [(socket.IPPROTO_UDP, True), (socket.IPPROTO_SCTP, False)])

@@ -202,11 +202,11 @@ def test_full_ruleset_uses_all_of_it() -> None:
 
 def test_cgroups_are_told_by_the_same_rules_when_they_change() -> None:
     capabilities = RUNGS["without-bpf"]
-    text = render_cgroups(capabilities, CGROUPS)
-    rules = re.findall(r"^add rule inet registry_enforcer judge_local (.*)$", text, re.MULTILINE)
+    text = render_cgroups(DEFAULT_MARKS, capabilities, CGROUPS)
+    rules = re.findall(r"^add rule inet registry_enforcer own_mark (.*)$", text, re.MULTILINE)
     assert rules
     assert "\n".join(f"\t\t{rule}" for rule in rules) in rung_text("without-bpf")
-    assert render_cgroups(FULL, CGROUPS) == ""
+    assert render_cgroups(DEFAULT_MARKS, FULL, CGROUPS) == ""
 
 
 def test_kernel_without_a_reporting_log_writes_a_few_lines_into_its_own_log_instead() -> None:

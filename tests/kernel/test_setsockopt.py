@@ -39,7 +39,7 @@ def own_harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def harness(own_harness: Harness) -> Iterator[Harness]:
     own_harness.reset()
     if "setsockopt" not in own_harness.state.programs:
-        pytest.skip("cgroup programs on setsockopt know no network namespace here (5.15)")
+        pytest.skip("bpf_get_current_ancestor_cgroup_id is not for programs on setsockopt here (6.1)")
     own_harness.configure(netns_cookie=NETNS_ANY)
     yield own_harness
     set_level(own_harness, JudgedPorts.NONE)
@@ -97,6 +97,16 @@ def test_our_bits_stay_and_others_are_what_was_asked_for(
     assert marked(agent, FOREIGN_MARK, kind) == ENGINE | FOREIGN_MARK
     assert agent.call("mark", key="s", value=0) == ""
     assert agent.call("marked", key="s") == ENGINE
+
+
+@pytest.mark.parametrize("length", [4, 5, 4096, 4097, PAGES])
+def test_mark_of_any_length_is_held(harness: Harness, agent: Agent, length: int) -> None:
+    agent.call("make", key="s", kind="udp")
+    assert agent.call("mark", key="s", value=MASK | FOREIGN_MARK, length=length) == ""
+    assert agent.call("marked", key="s") == HOST | FOREIGN_MARK
+    harness.configure(netns_cookie=SOMEBODY_ELSES)
+    assert agent.call("mark", key="s", value=MASK | FOREIGN_MARK, length=length) == ""
+    assert agent.call("marked", key="s") == MASK | FOREIGN_MARK
 
 
 def test_any_three_bits_serve(harness: Harness, agent: Agent) -> None:

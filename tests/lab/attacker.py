@@ -74,9 +74,9 @@ def close(key: str) -> str:
     return ""
 
 
-def mark(key: str, value: int) -> str:
-    """SO_MARK."""
-    return _error(lambda: _sockets[key].setsockopt(socket.SOL_SOCKET, SO_MARK, _u32(value)))
+def mark(key: str, value: int, length: int = 4) -> str:
+    """SO_MARK; of a longer option the kernel reads the beginning."""
+    return _error(lambda: _sockets[key].setsockopt(socket.SOL_SOCKET, SO_MARK, _u32(value).ljust(length, b"\0")))
 
 
 def marked(key: str) -> int:

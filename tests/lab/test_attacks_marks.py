@@ -98,11 +98,14 @@ def mark_before_connect(kind: str) -> Act:
     return act
 
 
-def mark_after_connect(agent: Agent, address: str) -> None:
-    agent.call("make", key="s", kind="udp", family=family_of(address))
-    agent.call("connect", key="s", address=address)
-    agent.call("mark", key="s", value=FORGED)
-    agent.call("send", key="s")
+def mark_after_connect(length: int) -> Act:
+    def act(agent: Agent, address: str) -> None:
+        agent.call("make", key="s", kind="udp", family=family_of(address))
+        agent.call("connect", key="s", address=address)
+        agent.call("mark", key="s", value=FORGED, length=length)
+        agent.call("send", key="s")
+
+    return act
 
 
 def mark_between_syns(agent: Agent, address: str) -> None:
@@ -110,6 +113,15 @@ def mark_between_syns(agent: Agent, address: str) -> None:
     agent.call("connect", key="s", address=SERVICES[address], wait=False)
     agent.call("mark", key="s", value=FORGED)
     agent.call("await_connection", key="s")
+
+
+def translated(kind: str) -> Act:
+    def act(agent: Agent, address: str) -> None:
+        agent.call("make", key="s", kind=kind)
+        agent.call("mark", key="s", value=FORGED)
+        agent.call("connect", key="s", address=SERVICES[address])
+
+    return act
 
 
 def racing_marks(agent: Agent, address: str) -> None:
@@ -260,8 +272,11 @@ ATTACKS = (
     Attack("SO_MARK before connect, TCP", mark_before_connect("tcp")),
     Attack("SO_MARK before connect, MPTCP", mark_before_connect("mptcp")),
     Attack("SO_MARK before connect, UDP", mark_before_connect("udp")),
-    Attack("SO_MARK after connect, UDP", mark_after_connect),
+    Attack("SO_MARK after connect, UDP", mark_after_connect(4)),
+    Attack("SO_MARK of three pages after connect, UDP", mark_after_connect(3 * 4096), families=(4,)),
     Attack("SO_MARK between two SYNs", mark_between_syns, families=(4,)),
+    Attack("to a translated address, TCP", translated("tcp"), families=(4,)),
+    Attack("to a translated address, MPTCP", translated("mptcp"), families=(4,)),
     Attack("SO_MARK in a race with connect", racing_marks, by=("net_raw",), families=(4,)),
     Attack("SO_MARK behind bind, TCP", bound("tcp")),
     Attack("SO_MARK behind bind, MPTCP", bound("mptcp")),
@@ -336,7 +351,7 @@ def undefended(lab: Lab, any_enforcer: Enforcer) -> Iterator[Field]:
         container = f"docker/{secrets.token_hex(32)}"
         attackers = {right: on_the_hosts_network(lab, right, container) for right in HOST_NETWORK}
         attackers["veth"] = lab.agent("ct", script="attacker.py")
-        attackers["macvlan"] = behind_a_macvlan(lab)
+        attackers["macvlan"] = stack.enter_context(behind_a_macvlan(lab))
         watcher = lab.agent("net", script="attacker.py")
         watcher.call("watch", interface="to-host")
         allowed = {4: ALLOWED_ADDRESS, 6: ALLOWED_ADDRESS6}
@@ -344,6 +359,8 @@ def undefended(lab: Lab, any_enforcer: Enforcer) -> Iterator[Field]:
             assert agent.attempt(EVIL_ADDRESS).reached
         host = lab.agent("host", script="attacker.py")
         yield Field(lab, Enforcer(lab, "host", lab.host), attackers, host, watcher, container, allowed)
+        for agent in (*attackers.values(), host, watcher):
+            agent.close()
 
 
 def on_the_hosts_network(lab: Lab, right: str, container: str) -> Agent:
@@ -352,13 +369,18 @@ def on_the_hosts_network(lab: Lab, right: str, container: str) -> Agent:
     return lab.agent("host", inside=inside, leaf=container, script="attacker.py")
 
 
-def behind_a_macvlan(lab: Lab) -> Agent:
+@contextlib.contextmanager
+def behind_a_macvlan(lab: Lab) -> Iterator[Agent]:
     command("ip", "netns", "add", lab.namespace("macvlan"))
     lab.ip("host", f"link add mv0 link up0 netns {lab.namespace('macvlan')} type macvlan mode bridge")
     lab.ip("macvlan", "link set lo up", f"addr add {MACVLAN_FAR}/24 dev mv0", "link set mv0 up",
            f"route add default via {MACVLAN_NEAR}")  # fmt: skip
     lab.ip("net", f"addr add {MACVLAN_NEAR}/24 dev to-host")
-    return lab.agent("macvlan", script="attacker.py")
+    agent = lab.agent("macvlan", script="attacker.py")
+    yield agent
+    agent.close()
+    command("ip", "netns", "del", lab.namespace("macvlan"))
+    lab.ip("net", f"addr del {MACVLAN_NEAR}/24 dev to-host")
 
 
 @contextlib.contextmanager
