@@ -52,7 +52,7 @@ _F_ALLOW_MULTI = 2
 _NOEXIST = 1  # BPF_NOEXIST
 _ENOTSUPP = 524  # leaks out of the kernel; errno.h of user space does not know it
 _BATCH = 4096
-_LOAD_DEADLINE_SECONDS = 60
+_LOAD_DEADLINE_SECONDS = 180  # emulated processors verify in a minute what others do in one second
 _EVENTS_A_READ = 512
 # Of the child that loads. What root's shell happens to have (TMPDIR, BCC_*, LIBBPF_*, LD_*, PYTHON*) is not for it.
 LOADER_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
