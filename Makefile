@@ -14,7 +14,7 @@ BPF_FLAGS := -target bpf -mcpu=v2 -O2 -g -Wall -Werror
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 BPF_OBJECTS := build/enforcer.bpf.o build/enforcer-legacy.bpf.o
 
-.PHONY: help setup setup-run bpf run test kernels demo bench fuzz lint wheel fresh clean
+.PHONY: help setup setup-run bpf run test kernels attack demo bench fuzz lint wheel fresh clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: setup ## run every test and linter; PYTEST_ARGS="-k name" for some (root, 
 
 kernels: setup ## boot every kernel that must hold under qemu and print a table; KERNELS="5.4 6.12" for some (root)
 	@$(HERE) .venv/bin/python -m tests.vm $(KERNELS)
+
+attack: setup ## try every known way around, one line each: refused, or out of scope and why (root)
+	@$(HERE) .venv/bin/python -m tests.attacks
 
 demo: setup ## allowed and refused pulls with docker and podman, in namespaces of their own
 	@$(HERE) .venv/bin/python -m tests.lab.demo

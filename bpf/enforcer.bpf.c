@@ -9,6 +9,7 @@
  *	guard		tc egress of uplinks; _netns: where a packet tells its network namespace (6.15)
  *	connect4 ...	cgroup hooks; _pidns: where bpf_get_ns_current_pid_tgid is allowed in them (6.10)
  *	sock_create	cgroup hook: the scope of raw sockets and of first UDP packets
+ *	setsockopt	cgroup hook: keeps our bits of the mark (5.8)
  *	stamp_...	cgroup hook, and sock_ops: in place of those hooks where they may not mark (before 5.8)
  *
  * Each loads alone: where a kernel refuses one, the others still serve.
@@ -101,6 +102,8 @@ INLINE int send_ending(void *context, void *event, __u32 size) { return bpf_ring
 #include "guard.h"
 #ifdef LEGACY_KERNEL
 #include "legacy.h"
+#else
+#include "sockopt.h"
 #endif
 
 PROGRAM("tc")
@@ -146,7 +149,7 @@ int gate(struct __sk_buff *skb)
 	if (may_pass(&scratch->packet, &scratch->learned_key))
 		skb->mark |= settings->mark_vouched;
 	else if (settings->judging && is_first(&scratch->packet) &&
-		 is_refused(&scratch->learned_key, settings->mark_container, IPPROTO_TCP, settings) &&
+		 is_refused(&scratch->learned_key, SCOPE_CONTAINER, IPPROTO_TCP, settings) &&
 		 settings->judging == JUDGING_REFUSE)
 		return answer_with_reset(skb, &scratch->packet);
 	return TC_ACT_UNSPEC;
@@ -231,9 +234,24 @@ int sock_create(struct bpf_sock *socket)
 	struct settings *settings = find_settings();
 
 	if (settings && settings->configured && is_enforced_netns(bpf_get_netns_cookie(socket), settings))
-		socket->mark = (socket->mark & ~settings->mark_mask) | scope_of_current(settings, 0);
+		socket->mark =
+			(socket->mark & ~settings->mark_mask) | scope_bits(scope_of_current(settings, 0), settings);
 	return 1;
 }
+
+#ifndef LEGACY_KERNEL
+PROGRAM("cgroup/setsockopt")
+int setsockopt(struct bpf_sockopt *context)
+{
+	return may_set(context, 0);
+}
+
+PROGRAM("cgroup/setsockopt")
+int setsockopt_pidns(struct bpf_sockopt *context)
+{
+	return may_set(context, 1);
+}
+#endif
 
 #ifdef LEGACY_KERNEL
 PROGRAM("cgroup/sock_create")

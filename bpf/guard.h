@@ -614,40 +614,49 @@ INLINE int ends_head(struct __sk_buff *skb, struct scratch *s)
 
 /* --- packets ----------------------------------------------------------------------------------------------------- */
 
+INLINE __u32 scope_of_mark(__u32 mark, struct settings *settings)
+{
+	mark &= settings->mark_mask & ~settings->mark_vouched;
+	if (mark == settings->mark_container)
+		return SCOPE_CONTAINER;
+	if (mark == settings->mark_engine)
+		return SCOPE_ENGINE;
+	return mark == settings->mark_host ? SCOPE_HOST : SCOPE_UNSTAMPED;
+}
+
 /* The level of a packet's scope, by what its sender cannot forge; of several witnesses the strictest is believed. */
 INLINE __u32 level_of(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
-	__u32 slot, *level, *scope, found = 0, i;
+	__u32 scope = SCOPE_CONTAINER, *level, *known, found, i;
 	__u64 cgroup;
 
-	slot = settings->mark_container >> SCOPE_SHIFT;
 	if (!s->stranger && !skb->ingress_ifindex) {
 		if (s->uplink.link_bytes != ETH_HLEN)
-			slot = (skb->mark & settings->mark_mask & ~settings->mark_vouched) >> SCOPE_SHIFT;
+			scope = scope_of_mark(skb->mark, settings);
 		else if (!bpf_skb_load_bytes(skb, ETH_ALEN, s->link.address, ETH_ALEN) && find_own_link(&s->link))
-			slot = (skb->mark & settings->mark_mask & ~settings->mark_vouched) >> SCOPE_SHIFT;
+			scope = scope_of_mark(skb->mark, settings);
 	}
-	s->scope = slot & (SCOPES - 1);
+	s->scope = scope;
 	level = find_level(&s->scope);
 	found = level ? *level : JUDGED_NONE;
-	if (s->scope == settings->mark_container >> SCOPE_SHIFT)
+	if (s->scope == SCOPE_CONTAINER)
 		return found;
-	slot = 0;
+	scope = SCOPE_UNSTAMPED;
 #pragma clang loop unroll(disable)
 	for (i = 1; i <= MAX_CGROUP_LEVELS; i++) {
 		cgroup = bpf_skb_ancestor_cgroup_id(skb, i);
 		if (!cgroup)
 			break;
-		scope = find_cgroup(&cgroup);
-		if (scope)
-			slot = *scope >> SCOPE_SHIFT;
+		known = find_cgroup(&cgroup);
+		if (known)
+			scope = *known;
 	}
-	if (!slot)
+	if (scope == SCOPE_UNSTAMPED)
 		return found;
-	slot &= SCOPES - 1;
-	level = find_level(&slot);
+	scope &= SCOPES - 1;
+	level = find_level(&scope);
 	if (level && *level > found) {
-		s->scope = slot;
+		s->scope = scope;
 		found = *level;
 	}
 	return found;
@@ -801,7 +810,7 @@ INLINE void report(struct __sk_buff *skb, struct scratch *s, const __u8 *name, _
 	s->ending.source_port = s->packet.source_port;
 	s->ending.destination_port = s->packet.destination_port;
 	s->ending.interface = skb->ifindex;
-	s->ending.scope = s->scope << SCOPE_SHIFT;
+	s->ending.scope = s->scope;
 	s->ending.name_length = least(length, 255);
 	s->ending.protocol = s->packet.protocol;
 	s->ending.verdict = s->verdict;

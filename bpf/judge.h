@@ -19,11 +19,20 @@
 #define IPV6_ADDRESSES	    8
 #define STORE_FLAGS	    0
 
+/* Keeps when somebody went there: what is in use is the last that makes room for others. */
 INLINE int is_learned(struct learned_key *key)
 {
 	struct learned_value *learned = find_learned(key);
+	__u64 now;
 
-	return learned && learned->expires_at > now_ns();
+	if (!learned)
+		return 0;
+	now = now_ns();
+	if (learned->expires_at <= now)
+		return 0;
+	if (now - learned->used_at > USE_GRAIN_SECONDS * 1000000000ULL)
+		learned->used_at = now;
+	return 1;
 }
 
 INLINE int is_first(struct packet *packet)
@@ -60,7 +69,7 @@ INLINE int stays_here(struct learned_key *to)
 /* Whether nothing permits this connection; counts it then. */
 INLINE int is_refused(struct learned_key *to, __u32 scope, __u32 protocol, struct settings *settings)
 {
-	__u32 number = (scope >> SCOPE_SHIFT) & (SCOPES - 1), port = to->port;
+	__u32 number = scope & (SCOPES - 1), port = to->port;
 	__u32 *level = find_level(&number);
 	__u64 *counter;
 

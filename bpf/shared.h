@@ -21,6 +21,8 @@
 #define MAX_UPLINKS 4096
 #define MAX_CATALOGUE 4096
 #define MAX_ANSWER_BYTES 1024
+#define USE_GRAIN_SECONDS 1
+#define LOOPBACK_IFINDEX 1
 #define EVENT_BYTES 1048576
 #define ENDING_BYTES 262144
 #define COMM_BYTES 16
@@ -39,6 +41,9 @@
 
 #define RANGE_NEVER 1
 #define RANGE_PRIVATE 2
+
+#define RESOLVER_TRUSTED 1
+#define RESOLVER_RETIRED 2
 
 #define JUDGING_NOT 0
 #define JUDGING_COUNT 1
@@ -71,7 +76,10 @@
 #define GUARD_OUTCOMES 8
 #define ANSWERS 2
 #define NETNS_ANY 0xffffffffffffffffULL
-#define SCOPE_SHIFT 29
+#define SCOPE_UNSTAMPED 0
+#define SCOPE_HOST 1
+#define SCOPE_ENGINE 2
+#define SCOPE_CONTAINER 3
 #define SCOPES 4
 
 /* Key of `names`: a reversed, lower-case name. Exact: all of it and a NUL. Wildcard *.x: reversed x and a dot. */
@@ -120,13 +128,15 @@ struct query_key {
 	__u16 client_port; /* network order, as on the wire */
 	__u16 transaction_id; /* network order, as on the wire */
 	__u32 protocol; /* IPPROTO_UDP or IPPROTO_TCP */
+	__u32 loopback; /* 1: it left through lo, and so is answered; 0: through any other interface */
 };
-_Static_assert(sizeof(struct query_key) == 40, "size of query_key");
+_Static_assert(sizeof(struct query_key) == 44, "size of query_key");
 _Static_assert(__builtin_offsetof(struct query_key, resolver) == 0, "query_key.resolver");
 _Static_assert(__builtin_offsetof(struct query_key, client) == 16, "query_key.client");
 _Static_assert(__builtin_offsetof(struct query_key, client_port) == 32, "query_key.client_port");
 _Static_assert(__builtin_offsetof(struct query_key, transaction_id) == 34, "query_key.transaction_id");
 _Static_assert(__builtin_offsetof(struct query_key, protocol) == 36, "query_key.protocol");
+_Static_assert(__builtin_offsetof(struct query_key, loopback) == 40, "query_key.loopback");
 
 /* Value of `queries`. */
 struct query {
@@ -165,14 +175,16 @@ _Static_assert(__builtin_offsetof(struct learned_key, padding) == 18, "learned_k
 struct learned_value {
 	__u64 expires_at; /* nanoseconds, clock of this build; later: no permission */
 	__u64 pattern_id; /* the pattern that taught it last */
+	__u64 used_at; /* when a connection went there, to USE_GRAIN_SECONDS, same clock; 0: never */
 	__u64 unnamed_until; /* as expires_at: until then nobody looks what name is asked for there */
 	__u64 proxy_until; /* as expires_at: until then a proxy is there */
 };
-_Static_assert(sizeof(struct learned_value) == 32, "size of learned_value");
+_Static_assert(sizeof(struct learned_value) == 40, "size of learned_value");
 _Static_assert(__builtin_offsetof(struct learned_value, expires_at) == 0, "learned_value.expires_at");
 _Static_assert(__builtin_offsetof(struct learned_value, pattern_id) == 8, "learned_value.pattern_id");
-_Static_assert(__builtin_offsetof(struct learned_value, unnamed_until) == 16, "learned_value.unnamed_until");
-_Static_assert(__builtin_offsetof(struct learned_value, proxy_until) == 24, "learned_value.proxy_until");
+_Static_assert(__builtin_offsetof(struct learned_value, used_at) == 16, "learned_value.used_at");
+_Static_assert(__builtin_offsetof(struct learned_value, unnamed_until) == 24, "learned_value.unnamed_until");
+_Static_assert(__builtin_offsetof(struct learned_value, proxy_until) == 32, "learned_value.proxy_until");
 
 /* The one value of `settings`; all zero (not configured) means: learn nothing, vouch for nothing. */
 struct settings {
@@ -241,7 +253,7 @@ struct connect_key {
 	__u8 address[16]; /* network order, IPv4 mapped */
 	__u16 port; /* host order */
 	__u16 protocol; /* IPPROTO_TCP or IPPROTO_UDP */
-	__u32 scope; /* scope bits of the mark */
+	__u32 scope; /* SCOPE_* */
 	__u32 uid; /* as the host's user namespace counts */
 };
 _Static_assert(sizeof(struct connect_key) == 28, "size of connect_key");
@@ -326,7 +338,7 @@ struct ending {
 	__u16 source_port; /* host order */
 	__u16 destination_port; /* host order */
 	__u32 interface; /* index of the uplink */
-	__u32 scope; /* scope bits of the mark */
+	__u32 scope; /* SCOPE_* */
 	__u16 name_length; /* bytes of `name` that count */
 	__u8 protocol; /* IPPROTO_TCP or IPPROTO_UDP */
 	__u8 verdict; /* GUARD_* */

@@ -271,11 +271,14 @@ def _address(text: str) -> Address | None:
     return mapped or address
 
 
+_HOST = "this host's programs"
+
+
 # --- words -----------------------------------------------------------------------------------------------------------
 def _levels(policy: Policy) -> tuple[tuple[str, Level], ...]:
     """The scopes, as users know them."""
     scope = policy.scope
-    return (("containers", scope.containers), ("engines", scope.engines), ("this host's programs", scope.host))
+    return (("containers", scope.containers), ("engines", scope.engines), (_HOST, scope.host))
 
 
 def _lenient(policy: Policy) -> list[str]:
@@ -286,11 +289,13 @@ def _lenient(policy: Policy) -> list[str]:
 def _refused(policy: Policy, port: int | None, recognised: KnownName | None = None) -> str:
     """For whom an unlisted destination is refused because of its port, or because it is `recognised` as a registry,
     which it is on every port; empty: for nobody."""
-    by_port = port is None or port in policy.ports
+    for_host = port is None or port in policy.ports
+    for_others = for_host or port in policy.container_ports
     scopes = [
         name
         for name, level in _levels(policy)
-        if (level is Level.STRICT and by_port) or (level is Level.REGISTRIES and recognised is not None)
+        if (level is Level.STRICT and (for_host if name == _HOST else for_others))
+        or (level is Level.REGISTRIES and recognised is not None)
     ]
     verb = "would be refused" if policy.mode is Mode.OBSERVE else "is refused"
     return f"it {verb} for {_words(scopes)}" if scopes else ""

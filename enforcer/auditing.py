@@ -20,7 +20,17 @@ from enforcer import containers
 from enforcer.advice import parse_subject
 from enforcer.attribution import Container
 from enforcer.audit import AuditLog
-from enforcer.audit_record import AuditRecord, Folding, Kind, Origin, Process, RecentRecords, Report, as_line
+from enforcer.audit_record import (
+    RECORDS_A_REPLY,
+    AuditRecord,
+    Folding,
+    Kind,
+    Origin,
+    Process,
+    RecentRecords,
+    Report,
+    as_line,
+)
 from enforcer.bpf import KernelState
 from enforcer.denial import Refusal
 from enforcer.kernel_abi import Protocol, decode_connect, pack_connect_key
@@ -37,7 +47,6 @@ LOOKUP_DEADLINE_SECONDS = 5.0
 PENDING_ATTEMPTS = 4_096
 WRITTEN_ATTEMPTS = 1_024
 CONNECT_SECONDS = 1.0  # between a connect() and the report of its packet; another process's since then may be meant
-RECORDS_A_REPLY = 200
 NANOSECONDS = 1_000_000_000
 
 Flow = tuple[Protocol, tuple[Address, int], tuple[Address, int]]

@@ -83,6 +83,7 @@ class ProgramType(enum.IntEnum):
     CGROUP_SOCK = 9
     SOCK_OPS = 13
     CGROUP_SOCK_ADDR = 18
+    CGROUP_SOCKOPT = 25
 
 
 class CgroupHook(enum.IntEnum):
@@ -94,6 +95,7 @@ class CgroupHook(enum.IntEnum):
     CONNECT6 = 11
     SENDMSG4 = 14
     SENDMSG6 = 15
+    SETSOCKOPT = 22
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,6 +220,7 @@ def _kind(name: str) -> tuple[bpf.ProgramType, int]:
     types = {
         bpf.CgroupHook.SOCK_CREATE: bpf.ProgramType.CGROUP_SOCK,
         bpf.CgroupHook.SOCK_OPS: bpf.ProgramType.SOCK_OPS,
+        bpf.CgroupHook.SETSOCKOPT: bpf.ProgramType.CGROUP_SOCKOPT,
     }
     # Before 4.17 the kernel knows no expected attach type, and of sock_ops it wants none.
     return types.get(hook, bpf.ProgramType.CGROUP_SOCK_ADDR), 0 if hook is bpf.CgroupHook.SOCK_OPS else hook

@@ -18,6 +18,7 @@ from typing import Any
 from enforcer import (
     bpf,
     control,
+    kernel_abi,
     ladder,
     metrics,
     netlink,
@@ -30,13 +31,12 @@ from enforcer import (
     trusted_files,
 )
 from enforcer.audit import AuditLog
-from enforcer.enforcement import Enforcement, Options, ReadPolicy, open_authority
+from enforcer.enforcement import Enforcement, Options, ReadPolicy, keep_marks, open_authority
 from enforcer.policy import Policy
 from enforcer.without_bpf import MemoryState
 
 log = logging.getLogger("registry-enforcer")
 
-DEFAULT_BPFFS = Path("/sys/fs/bpf/registry-enforcer")
 HOUSEKEEPING_SECONDS = 1.0
 SAVE_SECONDS = 60.0
 
@@ -62,6 +62,8 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
         stack.enter_context(control.hold(options.run_dir))
         firewall = stack.enter_context(nft.Nft())
         features = _probe(firewall)
+        if firewall.present():
+            keep_marks(firewall.marks(), policy)
         cgroup = options.cgroup or procfs.cgroup_root()
         kernel = _open_kernel(options)
         stack.callback(kernel.close)
@@ -191,7 +193,7 @@ def _hear_refusals(
     if ladder.Feature.AUDIT not in capabilities.features:
         return None
     try:
-        return stack.enter_context(nflog.RefusalReader(enforcement.auditor.refused_packets))
+        return stack.enter_context(nflog.RefusalReader(enforcement.auditor.refused_packets, enforcement.policy.marks))
     except nflog.NflogError as error:
         log.warning("refused packets are counted and not audited: %s", error)
         return None
@@ -259,7 +261,7 @@ def remove(run_dir: Path, bpffs: Path | None, cgroup: Path | None) -> list[str]:
             pass
         except trusted_files.UntrustedError as error:
             raise control.RunDirectoryError(str(error)) from None
-        bpffs = bpffs or noted_bpffs or DEFAULT_BPFFS
+        bpffs = bpffs or noted_bpffs or Path(kernel_abi.BPFFS)
         cgroup = cgroup or noted_cgroup or procfs.cgroup_root()
         # The table goes last: while anything is left, what has no permission is refused.
         for interface in links.interfaces():

@@ -52,8 +52,18 @@ from enforcer.audit_record import Kind, Report
 from enforcer.bpf import Loader
 from enforcer.denial import Refusal, host_name
 from enforcer.guarding import Guard, judged_ports, listed_map, recognises
-from enforcer.kernel_abi import DnsEvent, GuardOutcome, Judging, MarkedScope, Outcome, Protocol, RangeClass
-from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, may_teach, permitted
+from enforcer.kernel_abi import (
+    DnsEvent,
+    GuardOutcome,
+    Judging,
+    MarkedScope,
+    Marks,
+    Outcome,
+    Protocol,
+    RangeClass,
+    ResolverTrust,
+)
+from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, combined, may_teach, permitted
 from enforcer.overhearing import Overhearing, Packet
 from enforcer.packet_socket import PacketSockets
 from enforcer.policy import (
@@ -122,6 +132,7 @@ def policy_facts(policy: Policy) -> dict[str, Any]:
         "proxies": kinds[RuleKind.PROXY],
         "names": sum(len(rule.hosts) for rule in policy.rules),
         "ports": list(policy.ports),
+        "mark_mask": f"{policy.marks.mask:#010x}",
         "scope": {
             "containers": policy.scope.containers.value,
             "engines": policy.scope.engines.value,
@@ -155,6 +166,21 @@ def open_authority(policy: Policy) -> Authority | None:
         return authority.Authority(policy.refusal.ca)
     except authority.AuthorityError as error:
         raise PolicyError(policy.source, policy.refusal.ca.line, error.problem, error.advice) from None
+
+
+def keep_marks(in_force: Marks, policy: Policy) -> None:
+    """PolicyError if `policy` uses other bits of the mark than the kernel does.
+
+    Sockets carry the bits that they were stamped with until they end, and one mask's scope may be another's permission.
+    """
+    if policy.marks != in_force:
+        raise PolicyError(
+            policy.source,
+            policy.mark_line,
+            f"mark.mask is {policy.marks.mask:#010x} and open sockets carry the bits of {in_force.mask:#010x}",
+            f"write mask = {in_force.mask:#010x} below [mark], or stop the daemon, run registry-enforcer remove and "
+            "start it again",
+        )
 
 
 # --- the running daemon ----------------------------------------------------------------------------------------------
@@ -192,8 +218,9 @@ class Enforcement:
         self.policy = policy
         self.index = NameIndex(policy)
         self._rules = {rule.name: rule for rule in policy.rules}
-        self.learned = LearnedAddresses()
+        self.learned = LearnedAddresses(last_used=self._last_used)
         self.resolvers: tuple[Address, ...] = ()
+        self._retired: dict[Address, int] = {}  # resolvers until a moment ago -> when their last answers are too late
         self.plan: topology.AttachmentPlan | None = None
         self.ask_again = asyncio.Event()  # set: the policy or the resolvers changed, ask for every exact name now
         self.metrics = metrics.Metrics(self._snapshot_for_scrape)
@@ -287,14 +314,14 @@ class Enforcement:
             bpf.stamp_cgroup(self._kernel.programs["stamp_host"], self._cgroup)
 
     def _write_judge(self, policy: Policy) -> None:
-        """What BPF judges by, where it does."""
-        if not self._capabilities.counts_in_bpf and self.guard is None:
-            return
+        """What BPF judges by."""
         maps = self._kernel.maps
         for scope, judged in judged_ports(policy).items():
-            maps["levels"].update(_u32(scope >> kernel_abi.SCOPE_SHIFT), _u32(judged))
-        maps["registry_ports"].replace_all({_u32(port): b"\1" for port in policy.ports})
-        maps["listed"].replace_all(listed_map(policy))
+            maps["levels"].update(_u32(scope), _u32(judged))
+        if self._capabilities.counts_in_bpf or self.guard is not None:
+            # Not DNS over TLS: these are the host's ports too, and nftables alone refuses that one to containers.
+            maps["registry_ports"].replace_all({_u32(port): b"\1" for port in policy.ports})
+            maps["listed"].replace_all(listed_map(policy))
         if self.guard is not None:
             self.guard.follow_policy(policy)
         self._write_settings(policy)
@@ -324,11 +351,7 @@ class Enforcement:
                 procfs.netns_cookie() or (0 if procfs.in_initial_netns() else kernel_abi.NETNS_ANY),
                 pidns_device,
                 pidns_inode,
-                kernel_abi.MARK_MASK,
-                kernel_abi.MARK_VOUCHED,
-                MarkedScope.HOST,
-                MarkedScope.ENGINE,
-                MarkedScope.CONTAINER,
+                *policy.marks.settings,
                 1,
                 self._judging(policy),
                 policy.mode is Mode.OBSERVE,
@@ -359,7 +382,7 @@ class Enforcement:
                 learned.delete(key)
         if entries:
             log.info("took over %d learned permissions from the kernel", len(entries))
-        return self.learned.learn(entries)
+        return self.learned.learn(entries, self._now())
 
     def _adopt_saved(self) -> None:
         """Hold what the state file remembers from before a reboot, as far as the policy still allows it."""
@@ -368,7 +391,7 @@ class Enforcement:
         except state.StateError as error:
             log.warning("%s; registries are learned anew", error)
             return
-        now, wall_clock = self._kernel.now_ns() / NANOSECONDS, time.time()
+        now, wall_clock = self._now(), time.time()
         entries = []
         for entry in saved:
             left = min(entry.expires_at - wall_clock, kernel_abi.LIFETIME_CEILING_SECONDS)  # the clock may have stepped
@@ -376,7 +399,7 @@ class Enforcement:
                 entries.append(
                     LearnedAddress(entry.address, entry.port, entry.name, entry.rule, entry.pattern, now + left)
                 )
-        self.learned.learn(entries)
+        self.learned.learn(entries, now)
 
     def _holders(
         self, index: NameIndex, pattern: HostPattern, destination: Destination
@@ -392,9 +415,21 @@ class Enforcement:
         holders = self._holders(index, entry.pattern, (entry.address, entry.port))
         return any((rule.name, pattern) == (entry.rule, entry.pattern) for rule, pattern in holders)
 
+    def _now(self) -> float:
+        """Seconds on the clock of the BPF programs."""
+        return self._kernel.now_ns() / NANOSECONDS
+
+    def _used_at_ns(self, destination: Destination) -> int:
+        """When a connection went there last, as far as BPF knows; 0: never."""
+        value = self._kernel.maps["learned"].lookup(kernel_abi.pack_learned_key(*destination))
+        return 0 if value is None else int(kernel_abi.LEARNED.codec.unpack(value)[2])
+
+    def _last_used(self, destination: Destination) -> float:
+        return (self._used_at_ns(destination) or -math.inf) / NANOSECONDS
+
     def _wall_clock_offset(self) -> float:
         """What makes Unix seconds of seconds on the clock of the BPF programs, now."""
-        return time.time() - self._kernel.now_ns() / NANOSECONDS
+        return time.time() - self._now()
 
     def save(self) -> None:
         """Write the state file; a failure is logged once and enforcement goes on."""
@@ -423,7 +458,7 @@ class Enforcement:
 
     def _difference(self) -> Changes:
         """What makes an earlier daemon's elements those that this one holds; all of them, where there is no table."""
-        now = self._kernel.now_ns() / NANOSECONDS
+        now = self._now()
         elements = self._firewall.learned() if self._table_present and self._capabilities.remembers else []
         seconds_left = {(element.address, element.port): element.lifetime_seconds for element in elements}
         permit = (
@@ -450,28 +485,17 @@ class Enforcement:
     def _take(self, events: list[DnsEvent]) -> None:
         if not events:
             return
-        permit: dict[Destination, LearnedAddress] = {}
-        withdraw: dict[Destination, None] = {}
-        arrivals = []
-        for event in events:
-            arrivals.append(event.at_ns)
-            changes = self._judge(event)
-            for entry in changes.permit:
-                permit[entry.destination] = entry
-                withdraw.pop(entry.destination, None)
-            for destination in changes.withdraw:
-                withdraw[destination] = None
-                permit.pop(destination, None)
+        changes = combined(map(self._judge, events))
         if self._ears is not None:
-            self._vouch(permit.values())
-        self._apply(Changes(tuple(permit.values()), tuple(withdraw)))
+            self._vouch(changes.permit)
+        self._apply(changes)
         now = self._kernel.now_ns()
-        for arrived in arrivals:
-            self.metrics.learn_seconds.observe((now - arrived) / NANOSECONDS)
+        for event in events:
+            self.metrics.learn_seconds.observe((now - event.at_ns) / NANOSECONDS)
 
     def _judge(self, event: DnsEvent) -> Changes:
         """What one learning packet changes. BPF's view of it is checked against the full parser's."""
-        if event.resolver not in self.resolvers:
+        if event.resolver not in self.resolvers and event.resolver not in self._retired:
             # The packet came before this resolver was dropped; BPF does not know that it has been.
             return self._disagree(event, "its resolver is no longer trusted")
         try:
@@ -486,7 +510,7 @@ class Enforcement:
             self._ask_for_question(event)
         if event.inserted > len({entry.destination for entry in entries}):
             return self._disagree(event, f"{answer.question}: fewer permissions in it than BPF learned", entries)
-        return self.learned.learn(entries)
+        return self.learned.learn(entries, self._now())
 
     def _permissions(self, answer: dns_answer.DnsAnswer, now: float) -> list[LearnedAddress]:
         return list(permitted(answer, self.index.covering(answer.question), self._classify, now))
@@ -496,13 +520,13 @@ class Enforcement:
         self.metrics.disagreements.inc()
         log.warning("a DNS answer from %s taught too much (%s); withdrawn", event.resolver, why)
         self.auditor.disagreed(f"a DNS answer from {event.resolver} taught too much ({why}); withdrawn")
-        changes = self.learned.learn(accepted)
+        changes = self.learned.learn(accepted, self._now())
         learned = self._kernel.maps["learned"]
         orphans = [key for key, _ in list(learned.items()) if kernel_abi.unpack_learned_key(key) not in self.learned]
         for key in orphans:
             learned.delete(key)
         orphaned = tuple(kernel_abi.unpack_learned_key(key) for key in orphans)
-        return Changes(changes.permit, changes.withdraw + orphaned)
+        return combined((changes, Changes(withdraw=orphaned)))
 
     def _classify(self, address: Address) -> RangeClass | None:
         assert self.plan is not None
@@ -512,7 +536,7 @@ class Enforcement:
 
     def _apply(self, changes: Changes) -> None:
         if changes:
-            self._stop_vouching(changes.withdraw)
+            self._stop_vouching((*changes.withdraw, *changes.forget))
             if self._table_present:  # else start() brings everything that is held by then
                 if text := self._render(changes):
                     self._firewall.apply(text)
@@ -545,13 +569,13 @@ class Enforcement:
     def _render(self, changes: Changes) -> str:
         if not self._capabilities.remembers:
             return ""
-        now = self._kernel.now_ns() / NANOSECONDS
+        now = self._now()
         permit = [
             ruleset.Element(entry.address, entry.port, seconds)
             for entry in changes.permit
             if (seconds := int(entry.expires_at - now)) > 0
         ]
-        text = ruleset.render_elements(permit, changes.withdraw)
+        text = ruleset.render_elements(permit, (*changes.withdraw, *changes.forget))
         if self._revoked is not None:
             pardoned = (entry.destination for entry in changes.permit if entry.destination in self._revoked)
             text += ruleset.render_revoked(changes.withdraw, pardoned)
@@ -621,8 +645,9 @@ class Enforcement:
                 continue
             self.metrics.own_queries.labels("answered").inc()
             self._unresolved.discard(name)
-            entries = self._permissions(answer, self._kernel.now_ns() / NANOSECONDS)
-            changes = self.learned.learn(entries)
+            now = self._now()
+            entries = self._permissions(answer, now)
+            changes = self.learned.learn(entries, now)
             # All of them: a holder that is new may let clients say more at an address that is not.
             self._vouch(self.learned.longest(each.destination) for each in entries if each.destination in self.learned)
             self._apply(changes)
@@ -649,6 +674,7 @@ class Enforcement:
         return kernel_abi.pack_learned(
             int(entry.expires_at * NANOSECONDS),
             pattern_id(entry.pattern),
+            used_at=self._used_at_ns(entry.destination),
             unnamed_until=int(unnamed_until * NANOSECONDS),
             proxy_until=int(proxy_until * NANOSECONDS),
         )
@@ -696,7 +722,8 @@ class Enforcement:
     # --- changes around the daemon -----------------------------------------------------------------------------------
     def fit_interfaces(self, changed: netlink.Change = netlink.Change.EVERYTHING) -> None:
         """Attach the programs where the interfaces, routes and resolvers of this moment want them."""
-        routes = {address: self._links.route_to(address) for address in self.resolvers}
+        routes = {address: self._links.route_to(address) for address in (*self.resolvers, *self._retired)}
+        routes = {address: at for address, at in routes.items() if at is not None or address in self.resolvers}
         before = self.plan
         self.plan = topology.plan_attachments(
             self._links.interfaces(), self._links.routes(), routes, wsl=procfs.is_wsl()
@@ -764,20 +791,39 @@ class Enforcement:
             async for changed in changes:
                 self.fit_interfaces(changed)
 
-    def follow_resolvers(self) -> None:
-        """Trust the resolvers that the policy means now, and no others."""
+    def follow_resolvers(self, *, at_once: bool = False) -> None:
+        """Trust the resolvers that the policy means now, and no others.
+
+        What was asked of the host's former ones while they were trusted may still be answered, unless `at_once`: else
+        every change of a network would refuse whoever is waiting for an answer.
+        """
         wanted = list(self.policy.resolvers.addresses)
         if self.policy.resolvers.auto:
             wanted += procfs.trusted_resolvers()
         resolvers = tuple(dict.fromkeys(wanted))
         if resolvers == self.resolvers and self.plan is not None:
             return
+        now = self._kernel.now_ns()
+        too_late = dict.fromkeys(self.resolvers, now + kernel_abi.QUERY_WINDOW_SECONDS * NANOSECONDS)
         self.resolvers = resolvers
-        self._kernel.maps["resolvers"].replace_all({kernel_abi.pack_address(address): b"\1" for address in resolvers})
-        self._overhearing.trust(resolvers)
-        self.fit_interfaces()
+        self._retire({} if at_once else self._retired | too_late)
         self.ask_again.set()
         log.info("trusted resolvers: %s", ", ".join(map(str, resolvers)) or "none")
+
+    def _retire(self, too_late: Mapping[Address, int]) -> None:
+        """Trust `resolvers`, and for what is under way those that were, as many as there is room for."""
+        room = kernel_abi.MAX_RESOLVERS - len(self.resolvers)
+        former = [address for address in too_late if address not in self.resolvers]
+        self._retired = {address: too_late[address] for address in former[:room]}
+        trust = {
+            **dict.fromkeys(self._retired, ResolverTrust.RETIRED),
+            **dict.fromkeys(self.resolvers, ResolverTrust.TRUSTED),
+        }
+        self._kernel.maps["resolvers"].replace_all(
+            {kernel_abi.pack_address(address): bytes((value,)) for address, value in trust.items()}
+        )
+        self._overhearing.trust(self.resolvers, self._retired)
+        self.fit_interfaces()
 
     def know_cgroups(self, known: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF which cgroups hold containers and engines: these and no others."""
@@ -826,6 +872,7 @@ class Enforcement:
         try:
             policy = read_policy()
             authority = open_authority(policy)
+            keep_marks(self.policy.marks, policy)
         except PolicyError as error:
             self.metrics.reloads.labels("bad_policy").inc()
             log.error("%s: the policy in force stays", error)
@@ -862,7 +909,7 @@ class Enforcement:
         if self._responder is not None:
             self._responder.contexts = None if authority is None else authority.context
         self._audit_log.follow_policy(policy.audit_file)
-        self.follow_resolvers()
+        self.follow_resolvers(at_once=True)
         self.ask_again.set()
         self.metrics.reloads.labels("ok").inc()
         in_force = f"policy {policy.source} ({policy.digest[:12]}) is in force, mode {policy.mode.value}"
@@ -885,7 +932,9 @@ class Enforcement:
     def housekeeping(self) -> None:
         """Forget what has expired; read from the kernel what its events could not carry."""
         self.auditor.housekeeping()
-        now = self._kernel.now_ns() / NANOSECONDS
+        now = self._now()
+        if self._retired and min(self._retired.values()) <= now * NANOSECONDS:
+            self._retire({address: at for address, at in self._retired.items() if at > now * NANOSECONDS})
         learned = self._kernel.maps["learned"]
         for destination in self.learned.expire(now):
             learned.delete(kernel_abi.pack_learned_key(*destination))
@@ -1095,6 +1144,7 @@ class Enforcement:
             guarded={outcome.name.lower(): count for outcome, count in self.guard.counts().items()}
             if self.guard is not None
             else {},
+            evicted=self.learned.evicted,
             events_lost=self._lost(),
             audit_dropped=self.auditor.dropped(self.reports.lost if self.reports else 0),
         )

@@ -16,24 +16,68 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
+
 # --- marks -----------------------------------------------------------------------------------------------------------
-# Three bits of skb->mark. Clear of the bits that kube-proxy (0xC000), Tailscale (0xC0000), Calico's eBPF data plane
-# (0x1ff00000), Cilium (0x0F00) and portmap (0x2000) use.
-MARK_MASK = 0xE0000000
-MARK_SCOPE_MASK = 0x60000000
-MARK_VOUCHED = 0x80000000
-SCOPE_SHIFT = 29  # of the scope's two bits
-SCOPES = 4
-
-
 class MarkedScope(enum.IntEnum):
-    """Whose socket it is, stamped by the connect hooks into the mark; 0 is a packet that no hook has seen."""
+    """Whose socket it is, stamped by the connect hooks into the mark; 0 is a packet that no hook has seen.
 
-    UNSTAMPED = 0x00000000
-    HOST = 0x20000000
-    ENGINE = 0x40000000
-    CONTAINER = 0x60000000
+    The number of a scope is what maps hold; what a mark holds is `Marks.of` it.
+    """
 
+    UNSTAMPED = 0
+    HOST = 1
+    ENGINE = 2
+    CONTAINER = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Which three bits of skb->mark are ours: the highest vouches, the lower two are the number of a scope.
+
+    Any three, side by side or not, since others leave no other choice on some hosts. ValueError for another count.
+    """
+
+    mask: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask < 1 << 32 or self.mask.bit_count() != MARK_BITS:
+            raise ValueError(f"{self.mask:#x} is not {MARK_BITS} of 32 bits")
+
+    @property
+    def vouched(self) -> int:
+        """The bit that lets a SYN pass before the sets know its address."""
+        return 1 << self.mask.bit_length() - 1
+
+    @property
+    def scope_mask(self) -> int:
+        """The two bits of the scope."""
+        return self.mask & ~self.vouched
+
+    def of(self, scope: MarkedScope) -> int:
+        """The bits that say `scope`."""
+        low = self.scope_mask & -self.scope_mask
+        return (low if scope & 1 else 0) | (self.scope_mask & ~low if scope & 2 else 0)
+
+    def scope(self, mark: int) -> MarkedScope:
+        """The scope that a packet's mark says."""
+        return next(scope for scope in MarkedScope if self.of(scope) == mark & self.scope_mask)
+
+    @property
+    def settings(self) -> tuple[int, ...]:
+        """The fields mark_... of SETTINGS, in their order."""
+        stamped = MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER
+        return self.mask, self.vouched, *map(self.of, stamped)
+
+
+MARK_BITS = 3
+# Clear of the bits of kube-proxy (0xC000), Tailscale (0xFF0000), Calico's eBPF data plane (0x1FF00000) and portmap
+# (0x2000); other_marks has who is not.
+DEFAULT_MARKS = Marks(0xE0000000)
+SCOPES = len(MarkedScope)
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+BPFFS = "/sys/fs/bpf/registry-enforcer"  # where BPF state is pinned, unless somebody says otherwise
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 MAX_WIRE_BYTES = 2048  # a DNS message that BPF reads whole; longer ones the daemon resolves itself
@@ -49,6 +93,7 @@ MAX_CGROUPS = 16_384
 MAX_REGISTRY_PORTS = 1_024
 MAX_LISTED = 16_384  # (network, port) that a policy names
 MAX_CONNECTS = 8_192  # each is needed for the milliseconds until its refusal is reported
+LOOPBACK_IFINDEX = 1  # of lo in every network namespace (include/net/flow.h)
 NETNS_ANY = 0xFFFFFFFFFFFFFFFF  # no kernel counts that far
 MAX_FLOWS = 65_536  # connections to learned addresses; one that is forgotten is ended with its next byte
 MAX_HELLOS = 4_096  # of these, within their ClientHello
@@ -62,6 +107,7 @@ LIFETIME_FLOOR_SECONDS = 300  # a learned address lives max(TTL, this): clients 
 LIFETIME_CEILING_SECONDS = 86_400
 REFRESH_MARGIN_SECONDS = 60  # a repeated answer that extends the lifetime by less is not reported again
 QUERY_WINDOW_SECONDS = 10  # an answer later than this after its query teaches nothing
+USE_GRAIN_SECONDS = 1  # how exactly `learned_value.used_at` is kept: a busy connection does not write it at each packet
 
 
 class Outcome(enum.IntEnum):
@@ -84,6 +130,13 @@ class RangeClass(enum.IntEnum):
 
     NEVER = 1  # loopback, link-local, multicast, unspecified, this host's own
     PRIVATE = 2  # only for names the operator wrote
+
+
+class ResolverTrust(enum.IntEnum):
+    """Value of the `resolvers` map; a server that is not in it is not trusted."""
+
+    TRUSTED = 1
+    RETIRED = 2  # this host's until a moment ago: answers the questions that are under way, and no new ones
 
 
 class Judging(enum.IntEnum):
@@ -243,6 +296,7 @@ QUERY_KEY = Structure(
         Field("__u16", "client_port", 0, "network order, as on the wire"),
         Field("__u16", "transaction_id", 0, "network order, as on the wire"),
         Field("__u32", "protocol", 0, "IPPROTO_UDP or IPPROTO_TCP"),
+        Field("__u32", "loopback", 0, "1: it left through lo, and so is answered; 0: through any other interface"),
     ),
 )
 QUERY = Structure(
@@ -278,6 +332,7 @@ LEARNED = Structure(
     (
         Field("__u64", "expires_at", 0, "nanoseconds, clock of this build; later: no permission"),
         Field("__u64", "pattern_id", 0, "the pattern that taught it last"),
+        Field("__u64", "used_at", 0, "when a connection went there, to USE_GRAIN_SECONDS, same clock; 0: never"),
         Field("__u64", "unnamed_until", 0, "as expires_at: until then nobody looks what name is asked for there"),
         Field("__u64", "proxy_until", 0, "as expires_at: until then a proxy is there"),
     ),
@@ -332,7 +387,7 @@ CONNECT_KEY = Structure(
         Field("__u8", "address", 16, "network order, IPv4 mapped"),
         Field("__u16", "port", 0, "host order"),
         Field("__u16", "protocol", 0, "IPPROTO_TCP or IPPROTO_UDP"),
-        Field("__u32", "scope", 0, "scope bits of the mark"),
+        Field("__u32", "scope", 0, "SCOPE_*"),
         Field("__u32", "uid", 0, "as the host's user namespace counts"),
     ),
 )
@@ -397,7 +452,7 @@ ENDING = Structure(
         Field("__u16", "source_port", 0, "host order"),
         Field("__u16", "destination_port", 0, "host order"),
         Field("__u32", "interface", 0, "index of the uplink"),
-        Field("__u32", "scope", 0, "scope bits of the mark"),
+        Field("__u32", "scope", 0, "SCOPE_*"),
         Field("__u16", "name_length", 0, "bytes of `name` that count"),
         Field("__u8", "protocol", 0, "IPPROTO_TCP or IPPROTO_UDP"),
         Field("__u8", "verdict", 0, "GUARD_*"),
@@ -437,6 +492,8 @@ _LIMITS = (
     "MAX_UPLINKS",
     "MAX_CATALOGUE",
     "MAX_ANSWER_BYTES",
+    "USE_GRAIN_SECONDS",
+    "LOOPBACK_IFINDEX",
     "EVENT_BYTES",
     "ENDING_BYTES",
     "COMM_BYTES",
@@ -542,7 +599,7 @@ def pack_listed_key(network_address: IPv4Address | IPv6Address, prefix_length: i
 
 def pack_refusal_slot(scope: MarkedScope, protocol: Protocol, *, observing: bool) -> bytes:
     """Key of `refusals`."""
-    return struct.pack("=I", (observing * SCOPES + (scope >> SCOPE_SHIFT)) * 2 + (protocol == Protocol.UDP))
+    return struct.pack("=I", (observing * SCOPES + scope) * 2 + (protocol == Protocol.UDP))
 
 
 def pack_learned_key(address: IPv4Address | IPv6Address, port: int) -> bytes:
@@ -569,9 +626,11 @@ def decode_connect(value: bytes) -> Connect:
     return Connect(at_ns, other_at_ns, cgroup_id, process, comm.partition(b"\0")[0])
 
 
-def pack_learned(expires_ns: int, pattern_id: int, *, unnamed_until: int = 0, proxy_until: int = 0) -> bytes:
-    """Value of `learned`."""
-    return LEARNED.codec.pack(expires_ns, pattern_id, unnamed_until, proxy_until)
+def pack_learned(
+    expires_ns: int, pattern_id: int, *, used_at: int = 0, unnamed_until: int = 0, proxy_until: int = 0
+) -> bytes:
+    """Value of `learned`; nanoseconds."""
+    return LEARNED.codec.pack(expires_ns, pattern_id, used_at, unnamed_until, proxy_until)
 
 
 def pack_uplink(any_port: int, *, ethernet: bool) -> bytes:
@@ -662,6 +721,9 @@ def render_shared_header() -> str:
     for range_class in RangeClass:
         lines.append(f"#define RANGE_{range_class.name} {range_class.value}")
     lines.append("")
+    for trust in ResolverTrust:
+        lines.append(f"#define RESOLVER_{trust.name} {trust.value}")
+    lines.append("")
     for judging in Judging:
         lines.append(f"#define JUDGING_{judging.name} {judging.value}")
     for ports in JudgedPorts:
@@ -676,7 +738,9 @@ def render_shared_header() -> str:
         lines += [f"#define {prefix}_{member.name} {member.value}" for member in members]
     lines += [f"#define GUARD_OUTCOMES {len(GuardOutcome)}", f"#define ANSWERS {len(Answer)}"]
     lines.append(f"#define NETNS_ANY {NETNS_ANY:#x}ULL")
-    lines += [f"#define SCOPE_SHIFT {SCOPE_SHIFT}", f"#define SCOPES {SCOPES}"]
+    for scope in MarkedScope:
+        lines.append(f"#define SCOPE_{scope.name} {scope.value}")
+    lines.append(f"#define SCOPES {SCOPES}")
     for structure in STRUCTURES:
         lines += ["", f"/* {structure.meaning} */", f"struct {structure.name} {{"]
         for field in structure.fields:

@@ -60,6 +60,7 @@ class Snapshot:
     refused: Mapping[tuple[str, str], int]  # by (scope, protocol)
     observed: Mapping[tuple[str, str], int]  # the same in observe mode: what enforcement would have refused
     guarded: Mapping[str, int]  # by outcome; empty without a guard
+    evicted: int
     events_lost: int
     audit_dropped: Mapping[str, int]  # by where they got lost
 
@@ -131,6 +132,11 @@ class Metrics(Collector):
         for family, count in now.learned.items():
             learned.add_metric([family], count)
         yield learned
+        yield CounterMetricFamily(
+            "enforcer_learned_evicted",
+            "Learned permissions that made room for others before their time: too many addresses under one pattern.",
+            now.evicted,
+        )
         for name, meaning, counts in (
             ("refused", "Connection attempts that were refused.", now.refused),
             ("observed", "Connection attempts that mode enforce would have refused.", now.observed),

@@ -40,6 +40,7 @@ from pyroute2.netlink import (
     rtnl,
 )
 from pyroute2.netlink.rtnl.errmsg import errmsg
+from pyroute2.netlink.rtnl.fibmsg import fibmsg
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import IFF_LOOPBACK, IFF_UP, ifinfmsg
 from pyroute2.netlink.rtnl.iprsocket import IPRSocket
@@ -66,6 +67,7 @@ _GUARDS_HANDLE: Final = 0x52454E48
 _GUARDS_HANDLE_ON_OUR_CLSACT: Final = 0x52454E49
 GUARD: Final = "guard"
 _ETHERNET = 1  # ARPHRD_ETHER
+_INVERTED = 2  # FIB_RULE_INVERT
 _FIRST_PRIORITY = 1  # a filter behind one that says "ok" never runs, and that must not be the learner
 _TIMEOUT_SECONDS = 5
 _DUMP_ATTEMPTS = 8
@@ -152,6 +154,13 @@ class Netlink:
         """Every next hop of every unicast route, of all tables."""
         request = _message(rtmsg(), family=socket.AF_UNSPEC, type=_UNICAST)
         return tuple(itertools.chain.from_iterable(self._dump(rtnl.RTM_GETROUTE, request, _next_hops)))
+
+    def mark_rules(self) -> tuple[tuple[int, int, int, bool], ...]:
+        """Rules of policy routing that look at marks: (priority, mark, mask, whether they are for all other marks)."""
+        found = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            found += self._dump(rtnl.RTM_GETRULE, _message(fibmsg(), family=family), _mark_rule)
+        return tuple(rule for rule in found if rule is not None)
 
     def route_to(self, address: Address) -> int | None:
         """Index of the interface through which this host would reach `address`; None if it would not."""
@@ -472,6 +481,19 @@ def _link_address(link: Any) -> bytes:
     if link["ifi_type"] != _ETHERNET:
         return b""
     return bytes.fromhex((link.get("address") or "").replace(":", ""))
+
+
+def _mark_rule(rule: Any) -> tuple[int, int, int, bool] | None:
+    mark = rule.get_attr("FRA_FWMARK")
+    if mark is None:
+        return None
+    mask = rule.get_attr("FRA_FWMASK")
+    return (
+        rule.get_attr("FRA_PRIORITY") or 0,
+        mark,
+        0xFFFFFFFF if mask is None else mask,
+        bool(rule["flags"] & _INVERTED),
+    )
 
 
 def _next_hops(route: Any) -> list[Route]:

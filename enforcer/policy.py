@@ -32,11 +32,14 @@ file, the line, what is wrong and what to write instead.
     ports = [3128]                          # no default
     [resolvers]
     trusted = ["auto"]                      # "auto": whatever this host uses; or addresses
+    dns_over_tls = "allow"                  # "refuse": containers reach port 853 of listed destinations only
     [refusal]
     message = "{organization} does not allow {name}; ask {contact} and give reference {reference}"
     ca = { certificate = "/etc/registry-enforcer/ca.crt", key = "/etc/registry-enforcer/ca.key" }  # says it over TLS
     [audit]
     file = "/var/log/registry-enforcer/audit.jsonl"  # beside standard output
+    [mark]
+    mask = 0xE0000000                       # the three bits of packet marks that nobody else on this host uses
 
 Everything is optional, and what is not allowed is refused: a policy without rules refuses every registry.
 """
@@ -64,7 +67,7 @@ from typing import TypeVar
 import idna
 
 from enforcer import trusted_files
-from enforcer.kernel_abi import MAX_NAMES, MAX_PORTS_PER_NAME, MAX_RESOLVERS
+from enforcer.kernel_abi import DEFAULT_MARKS, MARK_BITS, MAX_NAMES, MAX_PORTS_PER_NAME, MAX_RESOLVERS, Marks
 from enforcer.toml_lines import line_of
 
 Address = IPv4Address | IPv6Address
@@ -84,6 +87,13 @@ class Level(enum.Enum):
     STRICT = "strict"  # any unlisted destination on a registry port is refused
     REGISTRIES = "registries"  # only what is recognised as a registry that no rule lists: honest clients are told
     OFF = "off"  # not judged
+
+
+class DnsOverTls(enum.Enum):
+    """What becomes of DNS over TLS and QUIC (RFC 7858, RFC 9250), from containers to servers that no rule lists."""
+
+    ALLOW = "allow"
+    REFUSE = "refuse"
 
 
 class RuleKind(enum.Enum):
@@ -160,6 +170,7 @@ class Resolvers:
 
     auto: bool  # whatever this host uses, followed as it changes
     addresses: tuple[Address, ...]  # and these
+    dns_over_tls: DnsOverTls = DnsOverTls.ALLOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +205,8 @@ class Policy:
     digest: str  # SHA-256 of the text, hex
     refusal: RefusalText = RefusalText()
     audit_file: Path | None = None  # beside standard output
+    marks: Marks = DEFAULT_MARKS
+    mark_line: int = 1  # of mark.mask, for whoever finds that it cannot be had; 1-based
 
     @property
     def proxy_addresses(self) -> Iterator[tuple[Network, int]]:
@@ -201,6 +214,13 @@ class Policy:
         for rule in self.rules:
             if rule.kind is RuleKind.PROXY:
                 yield from itertools.product(rule.addresses, rule.ports)
+
+    @property
+    def container_ports(self) -> tuple[int, ...]:
+        """Where connections of containers are judged; ascending, distinct."""
+        if self.resolvers.dns_over_tls is DnsOverTls.ALLOW:
+            return self.ports
+        return tuple(sorted({*self.ports, DNS_OVER_TLS_PORT}))
 
 
 class Reason(enum.Enum):
@@ -252,10 +272,11 @@ MAX_MESSAGE_CHARACTERS = 500
 REFUSAL_PLACEHOLDERS = ("name", "address", "port", "organization", "contact", "reference")
 REGISTRY_PORTS: tuple[int, ...] = (443, 5000)
 RULE_PORTS: tuple[int, ...] = (443,)
+DNS_OVER_TLS_PORT = 853
 
 _DEFAULT = 'presets = ["docker-hub"]\n'
 _TOP_KEYS = ("organization", "contact", "mode", "ports", "presets", "preset", "scope", "registry", "destination",
-             "proxy", "resolvers", "refusal", "audit")  # fmt: skip
+             "proxy", "resolvers", "refusal", "audit", "mark")  # fmt: skip
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 # Underscores are no host name's (RFC 952), but occur in DNS names that engines do ask for.
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
@@ -284,6 +305,8 @@ def parse(text: str | bytes, source: str, *, wsl: bool = False) -> Policy:
     document = _toml(text, source)
     try:
         policy = _policy(document, source, hashlib.sha256(wire).hexdigest(), wsl)
+        if policy.marks != DEFAULT_MARKS:
+            policy = replace(policy, mark_line=line_of(text, ("mark", "mask")))
         if policy.refusal.ca is None:
             return policy
         ca = replace(policy.refusal.ca, line=line_of(text, ("refusal", "ca")))
@@ -389,19 +412,21 @@ def _toml(text: str, source: str) -> Table:
 def _policy(document: Table, source: str, digest: str, wsl: bool) -> Policy:
     table = _table(document, *_TOP_KEYS)
     ports = _read(table, "ports", _ports, REGISTRY_PORTS)
-    scope = functools.partial(_scope, host_default=Level.STRICT if wsl else Level.REGISTRIES)
+    read_scope = functools.partial(_scope, host_default=Level.STRICT if wsl else Level.REGISTRIES)
+    scope = _read(table, "scope", read_scope, read_scope({}))
     return Policy(
         organization=_read(table, "organization", _sentence, "your organization"),
         contact=_read(table, "contact", _sentence, "your administrator"),
         mode=_read(table, "mode", _choice(Mode), Mode.ENFORCE),
         ports=ports,
-        scope=_read(table, "scope", scope, scope({})),
+        scope=scope,
         rules=_rules(table, ports),
-        resolvers=_read(table, "resolvers", _resolvers, _resolvers({})),
+        resolvers=_read(table, "resolvers", functools.partial(_resolvers, scope=scope), Resolvers(True, ())),
         source=source,
         digest=digest,
         refusal=_read(table, "refusal", _refusal, RefusalText()),
         audit_file=_read(table, "audit", _audit_file, None),
+        marks=_read(table, "mark", _mark, DEFAULT_MARKS),
     )
 
 
@@ -534,8 +559,16 @@ def _scope(value: object, host_default: Level) -> Scope:
     )
 
 
-def _resolvers(value: object) -> Resolvers:
-    return _read(_table(value, "trusted"), "trusted", _trusted, Resolvers(auto=True, addresses=()))
+def _resolvers(value: object, scope: Scope) -> Resolvers:
+    table = _table(value, "trusted", "dns_over_tls")
+    dns_over_tls = _read(table, "dns_over_tls", _choice(DnsOverTls), DnsOverTls.ALLOW)
+    if dns_over_tls is DnsOverTls.REFUSE and scope.containers is Level.OFF:
+        raise _UnplacedError(
+            'dns_over_tls = "refuse" is for containers, and their scope is off',
+            'write containers = "strict" under [scope], or remove this line',
+        ).inside("dns_over_tls")
+    trusted = _read(table, "trusted", _trusted, Resolvers(auto=True, addresses=()))
+    return replace(trusted, dns_over_tls=dns_over_tls)
 
 
 def _trusted(value: object) -> Resolvers:
@@ -597,6 +630,23 @@ def _authority_files(value: object) -> AuthorityFiles:
 def _audit_file(value: object) -> Path | None:
     path = _read(_table(value, "file"), "file", _absolute_path, None)
     return None if path is None else Path(path)
+
+
+def _mark(value: object) -> Marks:
+    return _read(_table(value, "mask"), "mask", _mask, DEFAULT_MARKS)
+
+
+def _mask(value: object) -> Marks:
+    example = f"such as {DEFAULT_MARKS.mask:#010x}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _UnplacedError(f"{_shown(value)} is not a number", f"write the mask without quotes, {example}")
+    try:
+        return Marks(value)
+    except ValueError:
+        raise _UnplacedError(
+            f"{value:#x} is not a mask of {MARK_BITS} bits",
+            f"write one with {MARK_BITS} of 32 bits set that nobody else uses, {example}",
+        ) from None
 
 
 def _absolute_path(value: object) -> str:

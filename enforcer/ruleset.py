@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, collapse_addresses
 
-from enforcer.kernel_abi import MARK_SCOPE_MASK, MARK_VOUCHED, MarkedScope, Protocol
+from enforcer.kernel_abi import DEFAULT_MARKS, MarkedScope, Marks, Protocol
 from enforcer.ladder import AUDIT_GROUP, Capabilities, Feature, Origin
 from enforcer.policy import Address, Level, Mode, Network, Policy, Rule, RuleKind
 
@@ -33,7 +33,10 @@ LEARNED_SETS = ("learned4", "learned6")
 REVOKED_SETS = ("revoked4", "revoked6")
 REVOKED_SECONDS = 432_000  # nf_conntrack_tcp_timeout_established: what is silent for longer is new to the kernel
 SET_SIZE = 262_144  # elements; the kernel refuses a transaction that would exceed it
+# Twice what the memory holds: within a transaction what makes room is still there when the others come.
+LEARNED_SET_SIZE = 524_288
 LOG_PREFIX = "registry-enforcer: "
+_MARKS_NOTE = "marks_"  # and the mask: an empty chain, since every kernel has those
 _COMMENT_BYTES = 100  # nft takes 128 with the terminating NUL; the rule's kind goes before the name
 
 # What nft's quoted strings carry literally: they know no escapes, and a trailing * would be a wildcard.
@@ -143,7 +146,7 @@ add table inet {TABLE}
 flush table inet {TABLE}
 
 table inet {TABLE} {{
-{_lines(_sets(capabilities), 1)}
+{_marks_note(policy.marks)}{_lines(_sets(capabilities), 1)}
 {_lines(_counters(capabilities), 1)}
 {_responder_chains(policy, capabilities, responder)}
 	# Containers, and whatever else this host routes. Destinations are translated before this priority.
@@ -159,7 +162,7 @@ table inet {TABLE} {{
 		type filter hook output priority filter + 10; policy accept;
 {_lines(_output(capabilities, responder))}
 	}}
-
+{_own_mark(policy.marks, capabilities)}
 	# What output could not know: where a translated or re-routed packet of this host really leaves. Only a drop is
 	# possible here.
 	chain postrouting {{
@@ -181,7 +184,7 @@ table inet {TABLE} {{
 
 	# Each judge accepts, or returns what is to be refused.
 	chain judge_local {{
-{_lines(_judge_local(capabilities, cgroups))}
+{_lines(_judge_local(policy.marks, capabilities, cgroups))}
 	}}
 
 {_judges(policy, capabilities)}
@@ -206,13 +209,30 @@ table inet {TABLE} {{
 {render_internal(internal, capabilities, responder, host_loopback)}"""
 
 
+def marks_of(chains: Iterable[str]) -> Marks:
+    """The bits of the mark that a table of these chains reads."""
+    noted = (chain.removeprefix(_MARKS_NOTE) for chain in chains if chain.startswith(_MARKS_NOTE))
+    return next((Marks(int(mask, 16)) for mask in noted), DEFAULT_MARKS)
+
+
 # --- the parts of the table ------------------------------------------------------------------------------------------
+def _marks_note(marks: Marks) -> str:
+    if marks == DEFAULT_MARKS:
+        return ""
+    return f"""\
+	# Says which bits of the mark are ours, to the next daemon: it must not read them otherwise.
+	chain {_MARKS_NOTE}{marks.mask:08x} {{
+	}}
+
+"""
+
+
 def _sets(capabilities: Capabilities) -> Iterator[str]:
     dynamic = "dynamic, timeout" if Feature.DYNAMIC_SETS in capabilities.features else "timeout"
     if capabilities.remembers:
         yield "# Addresses and ports that trusted DNS answers taught, each with its own lifetime."
-        yield f"set learned4 {{ type ipv4_addr . inet_service; flags timeout; size {SET_SIZE}; }}"
-        yield f"set learned6 {{ type ipv6_addr . inet_service; flags timeout; size {SET_SIZE}; }}"
+        yield f"set learned4 {{ type ipv4_addr . inet_service; flags timeout; size {LEARNED_SET_SIZE}; }}"
+        yield f"set learned6 {{ type ipv6_addr . inet_service; flags timeout; size {LEARNED_SET_SIZE}; }}"
         yield ""
         yield "# Addresses and ports whose permission was taken back: every packet to them is judged, not the first of"
         yield "# a connection. Deleting conntrack entries instead would let the far end's next packet begin one."
@@ -255,12 +275,40 @@ def _counters(capabilities: Capabilities) -> Iterator[str]:
                     yield f"counter {counter_name(mode, counted, protocol)} {{ }}"
 
 
+def _asks_sockets(capabilities: Capabilities) -> bool:
+    """Whether the table knows a socket's mark from that of its packets."""
+    return Feature.SOCKET in capabilities.features and Origin.LOCAL in capabilities.marked
+
+
+def _own_mark(marks: Marks, capabilities: Capabilities) -> str:
+    if not _asks_sockets(capabilities):
+        return ""
+    bits = [1 << number for number in range(32) if marks.mask >> number & 1]
+    rules = [f"socket mark & {bit:#010x} == {bit:#010x} meta mark set meta mark | {bit:#010x}" for bit in bits]
+    rules += [f"socket mark & {bit:#010x} == 0 meta mark set meta mark & {0xFFFFFFFF ^ bit:#010x}" for bit in bits]
+    return f"""
+	# Our bits of a packet's mark, from its socket: a control message may have given it another one, or somebody's rule,
+	# and on unconnected UDP it is that of the packet before.
+	chain own_mark {{
+{_lines(rules)}
+	}}
+"""
+
+
+def _restore_mark(capabilities: Capabilities) -> Iterator[str]:
+    if _asks_sockets(capabilities):
+        yield "# Where there is a socket: looking for one that has gone crashed kernels before 5.18."
+        yield "meta skuid >= 0 jump own_mark"
+
+
 def _output(capabilities: Capabilities, responder: Responder | None) -> Iterator[str]:
+    if Feature.CT in capabilities.features:
+        yield "jump never_judged"
+    yield from _restore_mark(capabilities)
     if Feature.CT not in capabilities.features:
         yield "# Whether a packet was translated is not known, and so not where it leaves: postrouting judges."
         yield "accept"
         return
-    yield "jump never_judged"
     if responder is not None:
         yield "# A socket bound to an interface sends there what was redirected, too, and would wait for an answer."
         yield "# Over IPv6 it does: no error finds its way back to it."
@@ -299,18 +347,25 @@ def _never_judged(capabilities: Capabilities) -> Iterator[str]:
         yield "jump internal"
 
 
-def _judge_local(capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> Iterator[str]:
+def _judge_local(marks: Marks, capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> Iterator[str]:
     if capabilities.scopes_in_nft:
         yield "# No connect hook stamps sockets: their cgroup tells the scope, the deepest that is known."
-        for path, scope in sorted(cgroups, key=lambda each: (-each[0].count("/"), each)):
-            if _CGROUP_PATH.fullmatch(path):
-                level = path.count("/") + 1
-                yield f'socket cgroupv2 level {level} "{path}" goto judge_{scope.name.lower()}'
-        yield 'socket cgroupv2 level 0 "." goto judge_host'
-    elif Origin.LOCAL in capabilities.marked:
+        yield from _judge_by_cgroup(cgroups)
+        return
+    if Origin.LOCAL in capabilities.marked:
         yield "# No verdict map: while the table is replaced, the elements of the old map are gone before its rule is."
         for scope in (MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER):
-            yield f"meta mark & {MARK_SCOPE_MASK:#010x} == {scope:#010x} goto judge_{scope.name.lower()}"
+            told = f"meta mark & {marks.scope_mask:#010x} == {marks.of(scope):#010x}"
+            yield f"{told} goto judge_{scope.name.lower()}"
+    yield "goto judge_unknown"
+
+
+def _judge_by_cgroup(cgroups: Iterable[tuple[str, MarkedScope]]) -> Iterator[str]:
+    for path, scope in sorted(cgroups, key=lambda each: (-each[0].count("/"), each)):
+        if _CGROUP_PATH.fullmatch(path):
+            level = path.count("/") + 1
+            yield f'socket cgroupv2 level {level} "{path}" goto judge_{scope.name.lower()}'
+    yield 'socket cgroupv2 level 0 "." goto judge_host'
     yield "goto judge_unknown"
 
 
@@ -318,10 +373,11 @@ def _judges(policy: Policy, capabilities: Capabilities) -> str:
     scope = policy.scope
     judge = functools.partial(_judge, policy.mode, capabilities)
     other_ports = list(_other_ports("th", policy.ports, capabilities))
+    container_other_ports = list(_other_ports("th", policy.container_ports, capabilities))
     engine_other_ports = ["tcp dport 53 accept", *_other_ports("udp", policy.ports, capabilities)]
     return f"""\
 	chain judge_container {{
-{_lines(judge(scope.containers, CountedScope.CONTAINER, other_ports))}
+{_lines(judge(scope.containers, CountedScope.CONTAINER, container_other_ports))}
 	}}
 
 	# An engine talks to registries only, on whatever port: every TCP port but DNS counts.
@@ -349,7 +405,8 @@ def _permitted(policy: Policy, capabilities: Capabilities) -> Iterator[str]:
         yield "# socket the mark is that of the packet before."
         yield "# For a SYN only: the socket keeps its mark, and must not outlive a permission that was taken back."
         only = _only(capabilities.marked)
-        yield f"{only}{_SYN} meta mark & {MARK_VOUCHED:#010x} == {MARK_VOUCHED:#010x} goto vouched"
+        vouched = f"{policy.marks.vouched:#010x}"
+        yield f"{only}{_SYN} meta mark & {vouched} == {vouched} goto vouched"
     for rule in policy.rules:
         yield from _rule_addresses(rule, capabilities)
 
@@ -408,10 +465,10 @@ def _responder_chains(policy: Policy, capabilities: Capabilities, responder: Res
 		type nat hook prerouting priority dstnat + 10; policy accept;
 		meta l4proto != tcp accept
 		{_NO_SYN} accept
-		tcp dport != {_ports(policy.ports)} accept
+		tcp dport != {_ports(policy.container_ports)} accept
 		meta nfproto ipv4 iifname != @answered4 accept
 		meta nfproto ipv6 iifname != @answered6 accept
-{_lines(_seen_by_the_gate(capabilities))}
+{_lines(_seen_by_the_gate(policy.marks, capabilities))}
 		fib daddr type != unicast accept
 		fib daddr . mark oifname @internal_routes accept
 		{_REDIRECT_LIMIT}
@@ -420,25 +477,26 @@ def _responder_chains(policy: Policy, capabilities: Capabilities, responder: Res
 	}}
 	chain redirect_local {{
 		type nat hook output priority -90; policy accept;
-{_lines(_redirect_local(responder))}
+{_lines(_redirect_local(responder, capabilities))}
 	}}
 """
 
 
-def _seen_by_the_gate(capabilities: Capabilities) -> Iterator[str]:
+def _seen_by_the_gate(marks: Marks, capabilities: Capabilities) -> Iterator[str]:
     if Origin.FORWARDED in capabilities.vouched:
         yield "# Whether anybody vouches is not known before BPF has seen the packet: on a bridge's port, where"
         yield "# br_netfilter calls this chain, it may not be attached yet."
-        yield f"meta mark & {MARK_SCOPE_MASK:#010x} != {MarkedScope.CONTAINER:#010x} accept"
+        yield f"meta mark & {marks.scope_mask:#010x} != {marks.of(MarkedScope.CONTAINER):#010x} accept"
 
 
-def _redirect_local(responder: Responder) -> Iterator[str]:
+def _redirect_local(responder: Responder, capabilities: Capabilities) -> Iterator[str]:
     if responder.local:
         yield "meta l4proto != tcp accept"
         yield f"{_NO_SYN} accept"
         yield "oifname @internal accept"
         yield _HOST_LOOPBACK
         yield _REDIRECT_LIMIT
+        yield from _restore_mark(capabilities)
         yield "jump judge_local"
         yield f"meta l4proto tcp redirect to :{responder.port}"
 
@@ -489,9 +547,7 @@ def render_cgroups(capabilities: Capabilities, cgroups: Iterable[tuple[str, Mark
     """Has scopes told by these cgroups from now on; empty where nftables does not tell them."""
     if not capabilities.scopes_in_nft:
         return ""
-    return _replace_rules(
-        "judge_local", (line for line in _judge_local(capabilities, cgroups) if not line.startswith("#"))
-    )
+    return _replace_rules("judge_local", _judge_by_cgroup(cgroups))
 
 
 def render_elements(permit: Iterable[Element], withdraw: Iterable[tuple[Address, int]]) -> str:

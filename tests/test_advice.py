@@ -130,6 +130,14 @@ def test_a_port_that_is_not_a_registry_port_is_not_judged_except_for_engines() -
     assert told("evil.test:22", POLICY + '[scope]\nengines = "off"').next_steps == ()
 
 
+def test_dns_over_tls_is_explained_as_refused_where_the_policy_refuses_it() -> None:
+    host_too = POLICY + '[scope]\nhost = "strict"\n'
+    assert told("198.18.9.9:853", host_too).reason is Reason.NOT_JUDGED
+    explanation = told("198.18.9.9:853", host_too + '[resolvers]\ndns_over_tls = "refuse"\n')
+    assert explanation.reason is Reason.UNLISTED_ADDRESS
+    assert "it is refused for containers and engines." in explanation.sentence
+
+
 def test_who_is_refused_depends_on_the_scopes() -> None:
     assert "it is refused for containers and engines." in told("evil.test").sentence
     assert (

@@ -30,6 +30,7 @@ SNAPSHOT = metrics.Snapshot(
     refused={("container", "tcp"): 5},
     observed={("container", "tcp"): 0},
     guarded={"passed": 4, "unlisted_name": 1},
+    evicted=7,
     events_lost=1,
     audit_dropped={"kernel": 2, "pending": 0, "output": 0},
 )
@@ -91,6 +92,7 @@ def test_every_promised_metric_is_there_with_help_and_its_value() -> None:
     assert values["enforcer_dns_answers_total", ("learned",)] == 7
     assert values["enforcer_learned_addresses", ("ipv4",)] == 3
     assert values["enforcer_refused_connections_total", ("container", "tcp")] == 5
+    assert values["enforcer_learned_evicted_total", ()] == 7
     assert values["enforcer_kernel_events_lost_total", ()] == 1
     assert values["enforcer_audit_dropped_total", ("kernel",)] == 2
     assert values["enforcer_policy_reloads_total", ("bad_policy",)] == 0

@@ -29,7 +29,7 @@ from typing import NamedTuple, Self
 
 import pytest
 
-from enforcer.kernel_abi import MARK_VOUCHED, MarkedScope, Protocol
+from enforcer.kernel_abi import DEFAULT_MARKS, MarkedScope, Protocol
 from enforcer.ladder import Feature
 from enforcer.nft import Counter, Nft, NftError
 from enforcer.policy import Level, Mode, Policy, RuleKind, Scope
@@ -625,6 +625,8 @@ def test_withdrawn_element_is_refused_and_withdrawing_an_absent_one_is_no_error(
 
 
 # --- local sockets, by scope -----------------------------------------------------------------------------------------
+MARKS = DEFAULT_MARKS
+HOST, ENGINE, CONTAINER = map(MARKS.of, (MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER))
 SCOPES = {
     MarkedScope.HOST: CountedScope.HOST,
     MarkedScope.ENGINE: CountedScope.ENGINE,
@@ -636,16 +638,16 @@ SCOPES = {
 @pytest.mark.parametrize("mark", MarkedScope)
 def test_local_socket_of_a_strict_scope_is_refused(host: Host, plan: Plan, mark: MarkedScope) -> None:
     host.enforce(ALL_STRICT)
-    assert tcp(host.lab.host, plan.evil, mark=mark) is Outcome.RESET
-    assert udp(host.lab.host, plan.evil, mark=mark) is Outcome.PROHIBITED
+    assert tcp(host.lab.host, plan.evil, mark=MARKS.of(mark)) is Outcome.RESET
+    assert udp(host.lab.host, plan.evil, mark=MARKS.of(mark)) is Outcome.PROHIBITED
     counted = {name: counter for name, counter in host.nft.counters().items() if counter.packets}
     assert set(counted) == {counter_name(Mode.ENFORCE, SCOPES[mark], protocol) for protocol in Protocol}
     assert counted[counter_name(Mode.ENFORCE, SCOPES[mark], Protocol.TCP)] == Counter(1, 80 if ":" in plan.evil else 60)
     host.learn(plan.good)
-    assert tcp(host.lab.host, plan.good, mark=mark) is Outcome.OPEN
-    assert udp(host.lab.host, plan.good, mark=mark) is Outcome.PROHIBITED
+    assert tcp(host.lab.host, plan.good, mark=MARKS.of(mark)) is Outcome.OPEN
+    assert udp(host.lab.host, plan.good, mark=MARKS.of(mark)) is Outcome.PROHIBITED
     host.enforce(replace(ALL_STRICT, rules=(rule("corp", plan.static),)))
-    assert udp(host.lab.host, plan.static, mark=mark) is Outcome.OPEN
+    assert udp(host.lab.host, plan.static, mark=MARKS.of(mark)) is Outcome.OPEN
 
 
 @pytest.mark.parametrize(
@@ -663,10 +665,10 @@ def test_local_socket_of_a_scope_that_is_not_strict_is_not_judged_here(
     host: Host, plan: Plan, mark: MarkedScope, scope: Scope
 ) -> None:
     host.enforce(ALL_STRICT)
-    assert tcp(host.lab.host, plan.evil, mark=mark) is Outcome.RESET
+    assert tcp(host.lab.host, plan.evil, mark=MARKS.of(mark)) is Outcome.RESET
     host.enforce(replace(DEFAULT, scope=scope))
-    assert tcp(host.lab.host, plan.evil, mark=mark) is Outcome.OPEN
-    assert udp(host.lab.host, plan.evil, mark=mark) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, mark=MARKS.of(mark)) is Outcome.OPEN
+    assert udp(host.lab.host, plan.evil, mark=MARKS.of(mark)) is Outcome.OPEN
 
 
 @pytest.mark.parametrize("strict", ["containers", "engines", "host"])
@@ -679,28 +681,28 @@ def test_unstamped_packet_is_refused_if_any_scope_is_strict(host: Host, plan: Pl
 
 def test_every_tcp_port_but_dns_counts_for_engines_and_for_nobody_else(host: Host, plan: Plan) -> None:
     host.enforce(ALL_STRICT)
-    assert tcp(host.lab.host, plan.evil, 8443, MarkedScope.ENGINE) is Outcome.RESET
-    assert tcp(host.lab.host, plan.evil, 53, MarkedScope.ENGINE) is Outcome.OPEN
-    assert udp(host.lab.host, plan.evil, 8000, MarkedScope.ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, 8443, ENGINE) is Outcome.RESET
+    assert tcp(host.lab.host, plan.evil, 53, ENGINE) is Outcome.OPEN
+    assert udp(host.lab.host, plan.evil, 8000, ENGINE) is Outcome.OPEN
     for mark in set(MarkedScope) - {MarkedScope.ENGINE}:
-        assert tcp(host.lab.host, plan.evil, 8443, mark) is Outcome.OPEN
+        assert tcp(host.lab.host, plan.evil, 8443, MARKS.of(mark)) is Outcome.OPEN
     host.learn(plan.good, 8443)
-    assert tcp(host.lab.host, plan.good, 8443, MarkedScope.ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.good, 8443, ENGINE) is Outcome.OPEN
 
 
 @pytest.mark.parametrize("scope", MarkedScope)
 def test_vouching_mark_permits_tcp_and_never_udp(host: Host, plan: Plan, scope: MarkedScope) -> None:
     host.enforce(ALL_STRICT)
-    assert tcp(host.lab.host, plan.evil, mark=scope | MARK_VOUCHED) is Outcome.OPEN
-    assert udp(host.lab.host, plan.evil, mark=scope | MARK_VOUCHED) is Outcome.PROHIBITED
-    assert tcp(host.lab.host, plan.evil, mark=scope) is Outcome.RESET
+    assert tcp(host.lab.host, plan.evil, mark=MARKS.of(scope) | MARKS.vouched) is Outcome.OPEN
+    assert udp(host.lab.host, plan.evil, mark=MARKS.of(scope) | MARKS.vouched) is Outcome.PROHIBITED
+    assert tcp(host.lab.host, plan.evil, mark=MARKS.of(scope)) is Outcome.RESET
 
 
 def test_other_bits_of_the_mark_do_not_matter(host: Host, plan: Plan) -> None:
     others = 0x1FFFFFFE  # bit 0 re-routes in this lab
-    assert tcp(host.lab.host, plan.evil, mark=MarkedScope.ENGINE | others) is Outcome.RESET
-    assert tcp(host.lab.host, plan.evil, mark=MarkedScope.HOST | others) is Outcome.OPEN
-    assert tcp(host.lab.host, plan.evil, mark=MarkedScope.ENGINE | MARK_VOUCHED | others) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, mark=ENGINE | others) is Outcome.RESET
+    assert tcp(host.lab.host, plan.evil, mark=HOST | others) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, mark=ENGINE | MARKS.vouched | others) is Outcome.OPEN
 
 
 @pytest.mark.parametrize(("protocol", "refused"), [(socket.IPPROTO_UDP, True), (socket.IPPROTO_SCTP, False)])
@@ -757,8 +759,8 @@ def test_answer_to_an_inbound_client_on_a_registry_port_is_never_refused(
 def test_loopback_is_never_refused(host: Host) -> None:
     host.enforce(ALL_STRICT)
     for address in ("127.0.0.1", "::1", V4.bridge):
-        assert tcp(host.lab.host, address, mark=MarkedScope.ENGINE) is Outcome.OPEN
-    assert tcp(host.lab.host, V4.wan, mark=MarkedScope.ENGINE) is Outcome.RESET
+        assert tcp(host.lab.host, address, mark=ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, V4.wan, mark=ENGINE) is Outcome.RESET
 
 
 def test_forwarded_to_a_service_is_judged_by_where_it_leads(host: Host, plan: Plan) -> None:
@@ -775,18 +777,18 @@ def test_forwarded_to_a_service_is_judged_by_where_it_leads(host: Host, plan: Pl
 
 
 def test_local_to_a_service_is_judged_in_postrouting_by_where_it_leads(host: Host, plan: Plan) -> None:
-    assert tcp(host.lab.host, plan.evil_service, mark=MarkedScope.ENGINE) is Outcome.SILENCE
+    assert tcp(host.lab.host, plan.evil_service, mark=ENGINE) is Outcome.SILENCE
     assert host.packets(CountedScope.ENGINE) >= 1
     host.learn(plan.good)
-    assert tcp(host.lab.host, plan.good_service, mark=MarkedScope.ENGINE) is Outcome.OPEN
-    assert tcp(host.lab.host, plan.evil_service, mark=MarkedScope.HOST) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.good_service, mark=ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil_service, mark=HOST) is Outcome.OPEN
 
 
 def test_packet_rerouted_from_an_internal_interface_to_the_uplink_is_refused(host: Host, plan: Plan) -> None:
-    assert tcp(host.lab.host, plan.rerouted, mark=MarkedScope.ENGINE) is Outcome.SILENCE
-    assert tcp(host.lab.host, plan.rerouted, mark=MarkedScope.HOST) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.rerouted, mark=ENGINE) is Outcome.SILENCE
+    assert tcp(host.lab.host, plan.rerouted, mark=HOST) is Outcome.OPEN
     host.learn(plan.rerouted)
-    assert tcp(host.lab.host, plan.rerouted, mark=MarkedScope.ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.rerouted, mark=ENGINE) is Outcome.OPEN
 
 
 # --- the table changes under traffic ---------------------------------------------------------------------------------
@@ -835,8 +837,8 @@ def test_observe_mode_lets_through_and_counts_once(host: Host, plan: Plan) -> No
     host.enforce(replace(DEFAULT, mode=Mode.OBSERVE))
     assert tcp(host.lab.box, plan.evil) is Outcome.OPEN
     assert udp(host.lab.box, plan.evil) is Outcome.OPEN
-    assert tcp(host.lab.host, plan.evil, mark=MarkedScope.ENGINE) is Outcome.OPEN
-    assert tcp(host.lab.host, plan.evil_service, mark=MarkedScope.CONTAINER) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, mark=ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil_service, mark=CONTAINER) is Outcome.OPEN
     assert {name: counter.packets for name, counter in host.nft.counters().items() if counter.packets} == {
         "observed_container_tcp": 2,
         "observed_container_udp": 1,
@@ -856,7 +858,7 @@ class Prober(threading.Thread):
         self._stop_asked = threading.Event()
         self._probes: dict[str, tuple[Outcome, Callable[[], Outcome]]] = {
             "forwarded TCP": (over_tcp, lambda: tcp(lab.box, address)),
-            "engine's TCP": (over_tcp, lambda: tcp(lab.host, address, mark=MarkedScope.ENGINE)),
+            "engine's TCP": (over_tcp, lambda: tcp(lab.host, address, mark=ENGINE)),
             "forwarded UDP": (over_udp, lambda: udp(lab.box, address)),
         }
 

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enforcer.kernel_abi import MAX_NAMES, MAX_PORTS_PER_NAME, pack_name_key
+from enforcer.kernel_abi import DEFAULT_MARKS, MAX_NAMES, MAX_PORTS_PER_NAME, Marks, pack_name_key
 from enforcer.policy import (
     MAX_POLICY_BYTES,
     AuthorityFiles,
+    DnsOverTls,
     HostPattern,
     Level,
     Mode,
@@ -74,9 +75,12 @@ addresses = ["10.30.0.7", "2001:db8::30/127"]
 ports = [8080, 3128]
 [resolvers]
 trusted = ["auto", "10.0.0.53"]
+dns_over_tls = "refuse"
 [refusal]
 message = "{name} is not allowed {{here}}: {contact}"
 ca = { certificate = "/etc/corp/ca.crt", key = "/etc/corp/ca.key" }
+[mark]
+mask = 0x00000700
 """
 
 
@@ -109,8 +113,11 @@ def test_a_full_policy_is_read_as_written() -> None:
     assert policy.mode is Mode.OBSERVE
     assert policy.ports == (443, 5000)
     assert policy.scope == Scope(containers=Level.STRICT, engines=Level.OFF, host=Level.REGISTRIES)
-    assert policy.resolvers == Resolvers(auto=True, addresses=(ip_address("10.0.0.53"),))
+    assert policy.resolvers == Resolvers(True, (ip_address("10.0.0.53"),), DnsOverTls.REFUSE)
+    assert policy.container_ports == (443, 853, 5000)
     assert policy.refusal.message == "{name} is not allowed {{here}}: {contact}"
+    assert policy.marks == Marks(0x700)
+    assert policy.mark_line == FULL.count("\n")
     line_of_ca = FULL[: FULL.index("ca = {")].count("\n") + 1
     assert policy.refusal.ca == AuthorityFiles("/etc/corp/ca.crt", "/etc/corp/ca.key", line_of_ca)
     assert [(rule.name, rule.kind) for rule in policy.rules] == [
@@ -206,6 +213,11 @@ def test_a_proxy_is_found_by_name_or_by_address(place: str) -> None:
     assert bool(rule.hosts) != bool(rule.addresses)
 
 
+@pytest.mark.parametrize("text", ["[mark]", "[mark]\nmask = 0xE0000000", "[mark]\nmask = 3758096384"])
+def test_marks_are_the_default_unless_written_otherwise(text: str) -> None:
+    assert parse(text, "policy.toml").marks == DEFAULT_MARKS == default_policy().marks
+
+
 def test_a_policy_without_rules_is_legal_and_permits_nothing() -> None:
     policy = parse('mode = "enforce"', "p")
     assert policy.rules == ()
@@ -294,6 +306,15 @@ def test_host_names_are_normalized(written: str, pattern: str) -> None:
             "its own name",
         ),
         ("scope = 'strict'", 1, "not a table", "containers, engines or host"),
+        ("mark = 0xE0000000", 1, "3758096384 is not a table", "a table with mask"),
+        ("[mark]\nbits = 3", 2, 'unknown key "bits"', "write mask"),
+        ("[mark]\n\nmask = '0xE0000000'", 3, '"0xE0000000" is not a number', "without quotes, such as 0xe0000000"),
+        ("[mark]\nmask = true", 2, "true is not a number", "without quotes"),
+        ("[mark]\nmask = 0xF0000000", 2, "0xf0000000 is not a mask of 3 bits", "3 of 32 bits set"),
+        ("[mark]\nmask = 0xffffffff", 2, "0xffffffff is not a mask of 3 bits", "such as 0xe0000000"),
+        ("[mark]\nmask = 0x1C0000000", 2, "0x1c0000000 is not a mask of 3 bits", "3 of 32 bits set"),
+        ("[mark]\nmask = 0", 2, "0x0 is not a mask of 3 bits", "3 of 32 bits set"),
+        ("[mark]\nmask = -7", 2, "-0x7 is not a mask of 3 bits", "3 of 32 bits set"),
         ("ports = 443", 1, "443 is not a list", "ports = [443]"),
         ("ports = []", 1, "0 ports", "1 to 8"),
         ("ports = [1, 2, 3, 4, 5, 6, 7, 8, 9]", 1, "9 ports", "1 to 8"),
@@ -357,6 +378,9 @@ def test_host_names_are_normalized(written: str, pattern: str) -> None:
         ("[[registry]]\nname = 'a'\naddresses = ['fe80::1%eth0']", 3, "never occurs", "IPv6"),
         ("[[registry]]\nname = 'a'\naddresses = [10]", 3, "10 is not a string", "double quotes"),
         ("[resolvers]\ntrusted = 'auto'", 2, "not a list", 'trusted = ["auto"]'),
+        ("[resolvers]\ndns_over_tls = 'off'", 2, '"off" is not known', '"allow" or "refuse"'),
+        ("[resolvers]\ndns_over_tls = true", 2, "true is not known", '"allow" or "refuse"'),
+        ("[scope]\ncontainers = 'off'\n[resolvers]\ndns_over_tls = 'refuse'", 4, "their scope is off", '"strict"'),
         ("[resolvers]\ntrusted = []", 2, "0 resolvers", '["auto"]'),
         ("[resolvers]\ntrusted = ['dns.corp.example']", 2, "not a resolver", '"auto"'),
         ("[resolvers]\ntrusted = ['0.0.0.0']", 2, "no host's address", '"auto"'),
@@ -491,8 +515,8 @@ def test_arbitrary_text_is_a_policy_or_a_mistake(text: str | bytes) -> None:
 
 WORDS = st.sampled_from(
     ["organization", "mode", "ports", "presets", "preset", "scope", "registry", "destination", "proxy", "resolvers",
-     "name", "hosts", "verify", "registries", "addresses", "address", "trusted", "auto", "enforce", "strict", "ghcr",
-     "ecr", "account", "region", "*.example.com"]
+     "name", "hosts", "verify", "registries", "addresses", "address", "trusted", "auto", "dns_over_tls", "refuse",
+     "enforce", "strict", "ghcr", "ecr", "account", "region", "*.example.com"]
 )  # fmt: skip
 SCALARS = st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False), WORDS, st.text(max_size=20))
 VALUES = st.recursive(

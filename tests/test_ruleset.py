@@ -14,15 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enforcer.kernel_abi import MarkedScope, Protocol
+from enforcer.kernel_abi import DEFAULT_MARKS, MarkedScope, Marks, Protocol
 from enforcer.ladder import Capabilities, Feature
-from enforcer.policy import HostPattern, Level, Mode, Policy, Resolvers, Rule, RuleKind, Scope
+from enforcer.policy import DnsOverTls, HostPattern, Level, Mode, Policy, Resolvers, Rule, RuleKind, Scope
 from enforcer.ruleset import (
     LEARNED_SETS,
     CountedScope,
     Element,
     Responder,
     counter_name,
+    marks_of,
     render_cgroups,
     render_elements,
     render_internal,
@@ -73,7 +74,9 @@ POLICIES = {
     "hostile-names": replace(
         DEFAULT, rules=(rule(HOSTILE_NAME, "10.0.0.0/8"),), source=HOSTILE_NAME, digest=HOSTILE_NAME
     ),
+    "marks": replace(DEFAULT, marks=Marks(0x80000101)),
     "responder": DEFAULT,
+    "responder-dns-over-tls": replace(DEFAULT, resolvers=Resolvers(True, (), DnsOverTls.REFUSE)),
     "responder-observe": replace(DEFAULT, mode=Mode.OBSERVE),
 }
 RESPONDER = Responder(942, interfaces4=frozenset({"docker0"}))
@@ -106,6 +109,23 @@ def test_ruleset_is_the_golden(name: str) -> None:
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
     assert text == path.read_text()
+
+
+def test_only_the_mask_of_the_policy_is_read() -> None:
+    text = render_ruleset(replace(DEFAULT, marks=Marks(0x700)), FULL, [], RESPONDER)
+    assert sorted(re.findall(r"meta mark (\S.*?) (?:accept|goto)", text)) == [
+        "& 0x00000300 != 0x00000300",
+        "& 0x00000300 == 0x00000100",
+        "& 0x00000300 == 0x00000200",
+        "& 0x00000300 == 0x00000300",
+        "& 0x00000400 == 0x00000400",
+    ]
+
+
+@pytest.mark.parametrize("marks", [DEFAULT_MARKS, Marks(0x80000101), Marks(7)])
+def test_table_says_which_bits_it_reads(marks: Marks) -> None:
+    text = render_ruleset(replace(DEFAULT, marks=marks), FULL, [])
+    assert marks_of(re.findall(r"chain (\w+)", text)) == marks
 
 
 CGROUPS = [

@@ -24,7 +24,7 @@ from enforcer.audit_record import RecentRecords
 from enforcer.auditing import Auditor
 from enforcer.dns_answer import DnsAnswer, DnsAnswerError
 from enforcer.enforcement import Enforcement, name_map
-from enforcer.kernel_abi import MAX_QUERIES, Protocol
+from enforcer.kernel_abi import DEFAULT_MARKS, MAX_QUERIES, Protocol
 from enforcer.ladder import Capabilities
 from enforcer.learned import LearnedAddresses, permitted
 from enforcer.overhearing import Overhearing, Packet
@@ -256,7 +256,7 @@ def instance_file(data: bytes) -> None:
 def refused_packet(data: bytes) -> None:
     """Reports of nftables, in which the packet is a stranger's."""
     for _, _, body in nfnetlink.messages(data):
-        report = nflog.decode_report(nfnetlink.message_attributes(body), 0.0)
+        report = nflog.decode_report(nfnetlink.message_attributes(body), 0.0, DEFAULT_MARKS)
         if report is not None:
             assert report.source[0].version == report.destination[0].version
             assert 0 <= report.destination[1] < 65_536

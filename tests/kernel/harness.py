@@ -12,7 +12,7 @@ import pytest
 
 from enforcer import bpf, kernel_abi
 from enforcer.dns_answer import SPECIAL_RANGES
-from enforcer.kernel_abi import DnsEvent, Judging, Outcome, Protocol
+from enforcer.kernel_abi import DEFAULT_MARKS, DnsEvent, Judging, MarkedScope, Marks, Outcome, Protocol
 from enforcer.policy import Address
 from tests import dns_vectors
 from tests.kernel import packets
@@ -24,7 +24,10 @@ CLIENT_PORT = 40_000
 TC_ACT_UNSPEC = 0xFFFFFFFF
 SECOND_NS = 1_000_000_000
 # What a kernel that lets connect hooks mark is given: not what takes their place on others.
-HOOKS = [hook.name.lower() for hook in bpf.CgroupHook if hook is not bpf.CgroupHook.SOCK_OPS]
+_BY_THEMSELVES = {bpf.CgroupHook.SOCK_OPS, bpf.CgroupHook.SETSOCKOPT}
+HOOKS = [hook.name.lower() for hook in bpf.CgroupHook if hook not in _BY_THEMSELVES]
+MASK, VOUCHED = DEFAULT_MARKS.mask, DEFAULT_MARKS.vouched
+HOST, ENGINE, CONTAINER = map(DEFAULT_MARKS.of, (MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER))
 FOREIGN_MARK = 0x0000_C0DE  # bits of somebody else
 QUERY_SECONDS, FLOOR_SECONDS, CEILING_SECONDS, MARGIN_SECONDS = 10, 300, 86_400, 60
 
@@ -66,6 +69,7 @@ class Harness:
         judging: Judging = Judging.NOT,
         observing: bool = False,
         recognising: bool = False,
+        marks: Marks = DEFAULT_MARKS,
     ) -> None:
         """Writes the settings; `pidns` is (device, inode) of the host's."""
         lifetimes = (FLOOR_SECONDS, CEILING_SECONDS, MARGIN_SECONDS, query_seconds)
@@ -75,8 +79,7 @@ class Harness:
                 0x0123456789ABCDEF,
                 *(seconds * SECOND_NS for seconds in lifetimes),
                 *(netns_cookie, *pidns),
-                *(kernel_abi.MARK_MASK, kernel_abi.MARK_VOUCHED),
-                *(kernel_abi.MarkedScope.HOST, kernel_abi.MarkedScope.ENGINE, kernel_abi.MarkedScope.CONTAINER),
+                *marks.settings,
                 *(configured, judging, observing, recognising, 0),
             ),
         )
@@ -142,6 +145,12 @@ class Harness:
             kernel_abi.unpack_learned_key(key): kernel_abi.LEARNED.codec.unpack(value)[:2]
             for key, value in self.state.maps["learned"].items()
         }
+
+    def used_at(self, address: Address, port: int) -> int:
+        """When a connection went to a learned address; 0: never."""
+        value = self.state.maps["learned"].lookup(kernel_abi.pack_learned_key(address, port))
+        assert value is not None
+        return int(kernel_abi.LEARNED.codec.unpack(value)[2])
 
     def addresses(self) -> set[Address]:
         """What was learned, whatever the port."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from enforcer import bpf, kernel_abi
-from enforcer.kernel_abi import Answer, GuardOutcome, JudgedPorts, Listed, MarkedScope, Protocol
+from enforcer.kernel_abi import DEFAULT_MARKS, Answer, GuardOutcome, JudgedPorts, Listed, MarkedScope, Protocol
 from enforcer.policy import Address
 from tests.kernel import packets
 from tests.kernel.harness import TC_ACT_UNSPEC, Harness
@@ -88,7 +88,8 @@ class Guarded:
         return self.maps["guarded"].sum_u64(u32(outcome))
 
     def send(self, frame: bytes, mark: int = MarkedScope.CONTAINER) -> Outcome:
-        run = bpf.run_packet(self.harness.state.programs["guard"], frame, mark=mark)
+        bits = DEFAULT_MARKS.of(mark) if isinstance(mark, MarkedScope) else mark
+        run = bpf.run_packet(self.harness.state.programs["guard"], frame, mark=bits)
         answers = []
         while True:
             try:
@@ -549,7 +550,7 @@ def test_tunnel_carries_tls_only(guarded: Guarded) -> None:
 @pytest.fixture
 def recognising(guarded: Guarded) -> Guarded:
     """The host's scope refuses what is recognised as a registry."""
-    guarded.maps["levels"].update(u32(MarkedScope.HOST >> kernel_abi.SCOPE_SHIFT), u32(JudgedPorts.RECOGNISED))
+    guarded.maps["levels"].update(u32(MarkedScope.HOST), u32(JudgedPorts.RECOGNISED))
     guarded.maps["catalogue"].update(kernel_abi.pack_name_key("public.example", wildcard=False), b"\1")
     guarded.maps["catalogue"].update(kernel_abi.pack_name_key("registry.example", wildcard=False), b"\1")
     guarded.harness.configure(netns_cookie=kernel_abi.NETNS_ANY, recognising=True)
@@ -635,7 +636,9 @@ def test_new_connection_passes_where_it_may(
 
 
 def test_vouching_bit_of_a_local_packet_is_not_believed(guarded: Guarded) -> None:
-    connection = guarded.connection(UNLISTED[4], began=False, mark=MarkedScope.CONTAINER | kernel_abi.MARK_VOUCHED)
+    connection = guarded.connection(
+        UNLISTED[4], began=False, mark=DEFAULT_MARKS.of(MarkedScope.CONTAINER) | DEFAULT_MARKS.vouched
+    )
     assert connection.open().verdict == TC_ACT_SHOT
 
 

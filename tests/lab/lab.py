@@ -326,12 +326,19 @@ class Lab:
         return subprocess.CompletedProcess(list(argv), started.returncode, output, "")
 
     def agent(
-        self, where: str, *, comm: str = "", inside: Sequence[str] = (), leaf: str = "leaf", **environment: str
+        self,
+        where: str,
+        *,
+        comm: str = "",
+        inside: Sequence[str] = (),
+        leaf: str = "leaf",
+        script: str = "agent.py",
+        **environment: str,
     ) -> Agent:
         """A new agent in a namespace, started by the command `inside`; the kernel takes it for the program `comm`."""
         log = self.directory / "logs" / f"agent-{where}-{len(self._agents)}"
         with log.open("wb") as errors:
-            serve = [sys.executable, "-I", str(Path(__file__).with_name("agent.py")), comm]
+            serve = [sys.executable, "-I", str(Path(__file__).with_name(script)), comm]
             process = subprocess.Popen(
                 self.wrap(where, [*inside, *serve], leaf=leaf),
                 env=self.environment | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,

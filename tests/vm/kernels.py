@@ -65,7 +65,10 @@ _BARE_WSL = (
 _SINCE_5_8 = "bpf_get_netns_cookie and ring buffers came later (5.7, 5.8)"
 _HOOKS_MISSING = dict.fromkeys(("connect4", "connect6", "sendmsg4", "sendmsg6", "sock_create"), _SINCE_5_8)
 _NO_MARK_IN_TEST_RUN = "BPF_PROG_TEST_RUN takes and gives no mark yet"
-_SENDMSG_MISSING = dict.fromkeys(("sendmsg4", "sendmsg6"), "bpf_setsockopt is for connect hooks only")
+_SENDMSG_MISSING = {
+    **dict.fromkeys(("sendmsg4", "sendmsg6"), "bpf_setsockopt is for connect hooks only"),
+    "setsockopt": "bpf_get_netns_cookie is for programs on setsockopt since 5.15",
+}
 # By expected failures of tests.
 _NO_PIDNS = {
     "kernel/test_connect.py::test_process_outside_*": "bpf_get_ns_current_pid_tgid is for these hooks since 6.10"
