@@ -678,6 +678,9 @@ INLINE int may_hide_one(struct __sk_buff *skb, struct scratch *s)
 	__u64 protocol = s->packet.protocol;
 
 	s->packet.destination_port = s->uplink.any_port;
+	*(__u64 *)s->packet.source = 0; /* nobody's, and no rule's: what was read last is another packet's */
+	*(__u64 *)(s->packet.source + 8) = 0;
+	copy_ipv6(s->packet.destination, s->packet.source);
 	if (skb->protocol == NETWORK_16(ETH_P_IP)) {
 		if (!load_bytes(skb, 0, s->packet.head, IPV4_HEADER_BYTES))
 			return 0;

@@ -42,7 +42,6 @@ _QUERY_WINDOW_NS = QUERY_WINDOW_SECONDS * _NANOSECONDS
 
 # --- packets, as in bpf/packet.h ---
 _DNS_PORT = 53
-_SHORTEST_PACKET = 40  # no UDP with a DNS message and no TCP is shorter
 _IPV4_HEADER_BYTES, _IPV6_HEADER_BYTES = 20, 40
 _UDP_HEADER_BYTES, _TCP_HEADER_BYTES = 8, 20
 _IPV4_MAPPED = bytes(10) + b"\xff\xff"
@@ -241,9 +240,10 @@ def _field_16(data: bytes, at: int) -> int:
 
 def _read_packet(data: bytes) -> _Segment | None:
     """A packet of UDP or TCP whose ports can be read; None for every other, later fragments among them."""
-    if len(data) < _SHORTEST_PACKET:
+    version = data[0] >> 4 if data else 0
+    if len(data) < (_IPV4_HEADER_BYTES if version == 4 else _IPV6_HEADER_BYTES):
         return None
-    if data[0] >> 4 == 4:
+    if version == 4:
         at = (data[0] & 15) * 4
         fragmentation = _field_16(data, 6)
         if at < _IPV4_HEADER_BYTES or fragmentation & _IPV4_OFFSET_MASK:
@@ -252,7 +252,7 @@ def _read_packet(data: bytes) -> _Segment | None:
         number = data[9]
         end = _field_16(data, 2)
         source, destination = _IPV4_MAPPED + data[12:16], _IPV4_MAPPED + data[16:20]
-    elif data[0] >> 4 == 6:
+    elif version == 6:
         found = _pass_extensions(data)
         if found is None:
             return None

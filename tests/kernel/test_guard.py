@@ -667,7 +667,7 @@ def test_datagrams_need_a_listed_address(guarded: Guarded, version: int) -> None
     ):
         frame = packets.frame(HERE[version], where, Protocol.UDP, packets.udp(40_000, 443, b"x" * 30))
         assert guarded.send(frame).verdict == verdict
-    frame = packets.frame(HERE[version], UNLISTED[version], Protocol.UDP, packets.udp(40_000, 123, b"x" * 30))
+    frame = packets.frame(HERE[version], UNLISTED[version], Protocol.UDP, packets.udp(40_000, 123, b"x"))
     assert guarded.send(frame).verdict == TC_ACT_UNSPEC
 
 
