@@ -14,7 +14,8 @@ BPF_FLAGS := -target bpf -mcpu=v2 -O2 -g -Wall -Werror
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 BPF_OBJECTS := build/enforcer.bpf.o build/enforcer-legacy.bpf.o
 
-.PHONY: help setup setup-run setup-install bpf run install uninstall deb test kernels booted demo bench lint wheel fresh clean
+.PHONY: help setup setup-run setup-install setup-booted bpf run install uninstall deb test kernels booted attack demo bench fuzz lint
+.PHONY: wheel fresh clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +30,10 @@ setup-run:
 
 setup-install:
 	@tools/setup.sh install
+	@$(MAKE) bpf
+
+setup-booted:
+	@tools/setup.sh booted
 	@$(MAKE) bpf
 
 run: setup-run ## enforce on this host until Ctrl-C, then take it out again; POLICY=file for another policy than the default
@@ -49,14 +54,20 @@ test: setup ## run every test and linter; PYTEST_ARGS="-k name" for some (root, 
 kernels: setup ## boot every kernel that must hold under qemu and print a table; KERNELS="5.4 6.12" for some (root)
 	@$(HERE) .venv/bin/python -m tests.vm $(KERNELS)
 
-booted: setup ## install the Debian package on a Debian that systemd boots, and do to it what hosts go through (root)
+booted: setup-booted ## install the Debian package on a Debian that systemd boots, and do to it what hosts go through (root)
 	@$(HERE) .venv/bin/python -m pytest tests/booted $(PYTEST_ARGS)
+
+attack: setup ## try every known way around, one line each: refused, or out of scope and why (root)
+	@$(HERE) .venv/bin/python -m tests.attacks
 
 demo: setup ## allowed and refused pulls with docker and podman, in namespaces of their own
 	@$(HERE) .venv/bin/python -m tests.lab.demo
 
 bench: setup ## first connections to fresh names, beside a run without enforcement
 	@$(HERE) .venv/bin/python -m tests.lab.bench
+
+fuzz: setup ## fuzz the parsers, 15 seconds each; MINUTES=5 for longer, TARGET=dns_message for one
+	@$(HERE) .venv/bin/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(TARGET),--target $(TARGET))
 
 lint: setup ## only the linters
 	@$(HERE) .venv/bin/python -m pytest -q tests/test_style.py tests/test_layers.py

@@ -271,18 +271,22 @@ INLINE __u64 question_hash(struct scratch *s)
 	return mix(s->hash, field_32(wire_at(s, s->at - QUESTION_BYTES))) | 1;
 }
 
-INLINE void set_query_key(struct scratch *s, const __u8 *resolver, const __u8 *client, __u64 client_port)
+/* Through lo or not belongs to it: who may open raw sockets on this host, as a container on its network, can send
+ * himself an answer over lo in any server's name, and knows what he has asked. */
+INLINE void set_query_key(struct __sk_buff *skb, struct scratch *s, const __u8 *resolver, const __u8 *client,
+			  __u64 client_port)
 {
 	copy_ipv6(s->query_key.resolver, resolver);
 	copy_ipv6(s->query_key.client, client);
 	s->query_key.client_port = NETWORK_16((__u16)client_port);
 	s->query_key.transaction_id = *(__u16 *)s->wire;
 	s->query_key.protocol = s->packet.protocol;
+	s->query_key.loopback = skb->ifindex == LOOPBACK_IFINDEX;
 }
 
 /* --- queries ----------------------------------------------------------------------------------------------------- */
 
-INLINE void remember_question(struct scratch *s)
+INLINE void remember_question(struct __sk_buff *skb, struct scratch *s)
 {
 	__u64 hash = question_hash(s);
 
@@ -290,7 +294,7 @@ INLINE void remember_question(struct scratch *s)
 		return;
 	s->query.question_hash = hash;
 	s->query.asked_at = s->now;
-	set_query_key(s, s->packet.destination, s->packet.source, s->packet.source_port);
+	set_query_key(skb, s, s->packet.destination, s->packet.source, s->packet.source_port);
 	remember_query(&s->query_key, &s->query);
 }
 
@@ -313,16 +317,21 @@ INLINE int track_message(struct __sk_buff *skb, struct scratch *s, struct settin
 			return 0;
 	}
 	if (s->step == STEP_ASKED)
-		remember_question(s);
+		remember_question(skb, s);
 	return s->packet.protocol == IPPROTO_TCP;
 }
 
+/* Whoever is asked: a server may be trusted by the time it answers. The clients know a new resolver as soon as the
+ * daemon does, and sometimes sooner. */
 INLINE void track_queries(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
+	__u8 *trust;
 	int i;
 
-	if (s->packet.destination_port != DNS_PORT || s->packet.fragment ||
-	    !find_resolver((void *)s->packet.destination))
+	if (s->packet.destination_port != DNS_PORT || s->packet.fragment)
+		return;
+	trust = find_resolver((void *)s->packet.destination);
+	if (trust && *trust == RESOLVER_RETIRED)
 		return;
 	s->now = now_ns();
 	s->next = s->packet.payload;
@@ -355,7 +364,7 @@ INLINE int start_answer(struct __sk_buff *skb, struct scratch *s, struct setting
 		finish(s, OUTCOME_MALFORMED);
 		return 1;
 	}
-	set_query_key(s, s->packet.source, s->packet.destination, s->packet.destination_port);
+	set_query_key(skb, s, s->packet.source, s->packet.destination, s->packet.destination_port);
 	query = find_query(&s->query_key);
 	if (!query) {
 		finish(s, OUTCOME_UNSOLICITED);
@@ -533,8 +542,12 @@ INLINE void read_record(struct scratch *s, struct settings *settings)
 INLINE void insert_address(struct scratch *s, struct settings *settings)
 {
 	struct learned_value *known;
-	__u64 expires_at = s->learned.expires_at, known_until = 0;
+	__u64 expires_at = s->learned.expires_at, known_until = 0, unnamed_until = 0, proxy_until = 0;
 
+	if (s->rule.unnamed_ports >> s->port_index & 1)
+		unnamed_until = expires_at;
+	if (s->rule.proxy_ports >> s->port_index & 1)
+		proxy_until = expires_at;
 	s->learned_key.port = s->rule.ports[MASKED(s->port_index, MAX_PORTS_PER_NAME - 1)];
 	s->learned_key.padding = 0;
 	s->port_index++;
@@ -542,12 +555,21 @@ INLINE void insert_address(struct scratch *s, struct settings *settings)
 		s->step = STEP_OWNER;
 	s->permitted++;
 	known = find_learned(&s->learned_key);
+	s->learned.used_at = known ? known->used_at : 0;
 	if (known && known->expires_at > s->now) {
 		if (known->pattern_id == s->learned.pattern_id &&
-		    expires_at < known->expires_at + settings->refresh_margin)
+		    expires_at < known->expires_at + settings->refresh_margin &&
+		    unnamed_until < known->unnamed_until + settings->refresh_margin &&
+		    proxy_until < known->proxy_until + settings->refresh_margin)
 			return;
 		known_until = known->expires_at;
+		if (known->unnamed_until > unnamed_until)
+			unnamed_until = known->unnamed_until;
+		if (known->proxy_until > proxy_until)
+			proxy_until = known->proxy_until;
 	}
+	s->learned.unnamed_until = unnamed_until;
+	s->learned.proxy_until = proxy_until;
 	if (known_until > expires_at)
 		s->learned.expires_at = known_until; /* taught by two patterns: the longer lifetime counts here */
 	if (learn_address(&s->learned_key, &s->learned))
@@ -605,18 +627,28 @@ INLINE void read_answer(struct scratch *s, struct settings *settings)
 	leave_to_daemon(s); /* more than fits */
 }
 
+/* Its question is no longer under way, and leaves the place to others. */
+INLINE void pass_over_answer(struct __sk_buff *skb, struct scratch *s)
+{
+	if (next_message(skb, s) && s->length >= DNS_HEADER_BYTES) {
+		set_query_key(skb, s, s->packet.source, s->packet.destination, s->packet.destination_port);
+		forget_query(&s->query_key);
+	}
+	count(s, OUTCOME_UNTRUSTED);
+}
+
 INLINE void learn_answers(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
 	int i;
 
 	if (s->packet.source_port != DNS_PORT)
 		return;
+	s->next = s->packet.payload;
 	if (!find_resolver((void *)s->packet.source)) {
-		count(s, OUTCOME_UNTRUSTED);
+		pass_over_answer(skb, s);
 		return;
 	}
 	s->now = now_ns();
-	s->next = s->packet.payload;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < MAX_MESSAGES; i++) {
 		FORGET();

@@ -6,8 +6,10 @@
  *	learn		tc ingress of uplinks and lo
  *	track_query	tc egress of uplinks and lo
  *	gate		tc ingress of every other interface, ports of internal bridges among them
+ *	guard		tc egress of uplinks; _netns: where a packet tells its network namespace (6.15)
  *	connect4 ...	cgroup hooks; _pidns: where bpf_get_ns_current_pid_tgid is allowed in them (6.10)
  *	sock_create	cgroup hook: the scope of raw sockets and of first UDP packets
+ *	setsockopt	cgroup hook: keeps our bits of the mark (6.1)
  *	stamp_...	cgroup hook, and sock_ops: in place of those hooks where they may not mark (before 5.8)
  *
  * Each loads alone: where a kernel refuses one, the others still serve.
@@ -39,10 +41,21 @@ INLINE __u32 *find_level(__u32 *key) { return levels.lookup(key); }
 INLINE __u8 *find_registry_port(__u32 *key) { return registry_ports.lookup(key); }
 INLINE __u8 *find_listed(struct listed_key *key) { return listed.lookup(key); }
 INLINE __u64 *find_refusals(__u32 *key) { return refusals.lookup(key); }
+INLINE struct flow *find_flow(struct flow_key *key) { return flows.lookup(key); }
+INLINE int remember_flow(struct flow_key *key, struct flow *value) { return flows.update(key, value); }
+INLINE struct hello *find_hello(struct flow_key *key) { return hellos.lookup(key); }
+INLINE int remember_hello(struct flow_key *key, struct hello *value) { return hellos.update(key, value); }
+INLINE struct uplink *find_uplink(__u32 *key) { return uplinks.lookup(key); }
+INLINE __u8 *find_own_link(struct link *key) { return own_links.lookup(key); }
+INLINE __u8 *find_catalogued(struct name_key *key) { return catalogue.lookup(key); }
+INLINE struct answer *find_answer(__u32 *key) { return answers.lookup(key); }
+INLINE __u64 *find_guarded(__u32 *key) { return guarded.lookup(key); }
 #ifdef LEGACY_KERNEL
 INLINE int send_event(void *context, void *event, __u32 size) { return events.perf_submit(context, event, size); }
+INLINE int send_ending(void *context, void *event, __u32 size) { return endings.perf_submit(context, event, size); }
 #else
 INLINE int send_event(void *context, void *event, __u32 size) { return events.ringbuf_output(event, size, 0); }
+INLINE int send_ending(void *context, void *event, __u32 size) { return endings.ringbuf_output(event, size, 0); }
 #endif
 #else
 INLINE struct settings *find_settings(void) { __u32 zero = 0; return bpf_map_lookup_elem(&settings, &zero); }
@@ -64,10 +77,21 @@ INLINE __u32 *find_level(__u32 *key) { return bpf_map_lookup_elem(&levels, key);
 INLINE __u8 *find_registry_port(__u32 *key) { return bpf_map_lookup_elem(&registry_ports, key); }
 INLINE __u8 *find_listed(struct listed_key *key) { return bpf_map_lookup_elem(&listed, key); }
 INLINE __u64 *find_refusals(__u32 *key) { return bpf_map_lookup_elem(&refusals, key); }
+INLINE struct flow *find_flow(struct flow_key *key) { return bpf_map_lookup_elem(&flows, key); }
+INLINE int remember_flow(struct flow_key *key, struct flow *value) { return bpf_map_update_elem(&flows, key, value, BPF_ANY); }
+INLINE struct hello *find_hello(struct flow_key *key) { return bpf_map_lookup_elem(&hellos, key); }
+INLINE int remember_hello(struct flow_key *key, struct hello *value) { return bpf_map_update_elem(&hellos, key, value, BPF_ANY); }
+INLINE struct uplink *find_uplink(__u32 *key) { return bpf_map_lookup_elem(&uplinks, key); }
+INLINE __u8 *find_own_link(struct link *key) { return bpf_map_lookup_elem(&own_links, key); }
+INLINE __u8 *find_catalogued(struct name_key *key) { return bpf_map_lookup_elem(&catalogue, key); }
+INLINE struct answer *find_answer(__u32 *key) { return bpf_map_lookup_elem(&answers, key); }
+INLINE __u64 *find_guarded(__u32 *key) { return bpf_map_lookup_elem(&guarded, key); }
 #ifdef LEGACY_KERNEL
 INLINE int send_event(void *context, void *event, __u32 size) { return bpf_perf_event_output(context, &events, BPF_F_CURRENT_CPU, event, size); }
+INLINE int send_ending(void *context, void *event, __u32 size) { return bpf_perf_event_output(context, &endings, BPF_F_CURRENT_CPU, event, size); }
 #else
 INLINE int send_event(void *context, void *event, __u32 size) { return bpf_ringbuf_output(&events, event, size, 0); }
+INLINE int send_ending(void *context, void *event, __u32 size) { return bpf_ringbuf_output(&endings, event, size, 0); }
 #endif
 #endif
 /* clang-format on */
@@ -75,8 +99,11 @@ INLINE int send_event(void *context, void *event, __u32 size) { return bpf_ringb
 #include "judge.h"
 #include "gate.h"
 #include "dns.h"
+#include "guard.h"
 #ifdef LEGACY_KERNEL
 #include "legacy.h"
+#else
+#include "sockopt.h"
 #endif
 
 PROGRAM("tc")
@@ -122,10 +149,35 @@ int gate(struct __sk_buff *skb)
 	if (may_pass(&scratch->packet, &scratch->learned_key))
 		skb->mark |= settings->mark_vouched;
 	else if (settings->judging && is_first(&scratch->packet) &&
-		 is_refused(&scratch->learned_key, settings->mark_container, IPPROTO_TCP, settings) &&
+		 is_refused(&scratch->learned_key, SCOPE_CONTAINER, IPPROTO_TCP, settings) &&
 		 settings->judging == JUDGING_REFUSE)
 		return answer_with_reset(skb, &scratch->packet);
 	return TC_ACT_UNSPEC;
+}
+
+PROGRAM("tc")
+int guard(struct __sk_buff *skb)
+{
+	struct settings *settings = find_settings();
+	struct scratch *scratch = find_scratch();
+
+	if (!settings || !scratch || !settings->configured)
+		return TC_ACT_UNSPEC;
+	scratch->stranger = 0;
+	return guard_packet(skb, scratch, settings);
+}
+
+PROGRAM("tc")
+int guard_netns(struct __sk_buff *skb)
+{
+	struct settings *settings = find_settings();
+	struct scratch *scratch = find_scratch();
+
+	if (!settings || !scratch || !settings->configured)
+		return TC_ACT_UNSPEC;
+	scratch->stranger = skb->sk && !is_enforced_netns(bpf_get_netns_cookie(skb), settings);
+	FORGET();
+	return guard_packet(skb, scratch, settings);
 }
 
 PROGRAM("cgroup/connect4")
@@ -182,9 +234,24 @@ int sock_create(struct bpf_sock *socket)
 	struct settings *settings = find_settings();
 
 	if (settings && settings->configured && is_enforced_netns(bpf_get_netns_cookie(socket), settings))
-		socket->mark = (socket->mark & ~settings->mark_mask) | scope_of_current(settings, 0);
+		socket->mark =
+			(socket->mark & ~settings->mark_mask) | scope_bits(scope_of_current(settings, 0), settings);
 	return 1;
 }
+
+#ifndef LEGACY_KERNEL
+PROGRAM("cgroup/setsockopt")
+int setsockopt(struct bpf_sockopt *context)
+{
+	return may_set(context, 0);
+}
+
+PROGRAM("cgroup/setsockopt")
+int setsockopt_pidns(struct bpf_sockopt *context)
+{
+	return may_set(context, 1);
+}
+#endif
 
 #ifdef LEGACY_KERNEL
 PROGRAM("cgroup/sock_create")

@@ -26,7 +26,17 @@ INLINE int may_pass(struct packet *packet, struct learned_key *key)
 	return is_learned(key);
 }
 
-/* Whose the calling process is, as bits of the mark. The deepest cgroup that is known decides: a container's is often
+/* SCOPE_* as bits of the mark. */
+INLINE __u32 scope_bits(__u32 scope, struct settings *settings)
+{
+	if (scope == SCOPE_CONTAINER)
+		return settings->mark_container;
+	if (scope == SCOPE_ENGINE)
+		return settings->mark_engine;
+	return scope == SCOPE_HOST ? settings->mark_host : 0;
+}
+
+/* Whose the calling process is, SCOPE_*. The deepest cgroup that is known decides: a container's is often
  * below its engine's. */
 INLINE __u32 scope_of_current(struct settings *settings, int look_at_pidns)
 {
@@ -39,7 +49,7 @@ INLINE __u32 scope_of_current(struct settings *settings, int look_at_pidns)
 		struct bpf_pidns_info ids;
 
 		if (bpf_get_ns_current_pid_tgid(settings->pidns_device, settings->pidns_inode, &ids, sizeof(ids)))
-			return settings->mark_container; /* fails for every other namespace than the host's */
+			return SCOPE_CONTAINER; /* fails for every other namespace than the host's */
 	}
 #pragma clang loop unroll(disable)
 	for (level = 1; level <= MAX_CGROUP_LEVELS; level++) {
@@ -57,7 +67,7 @@ INLINE __u32 scope_of_current(struct settings *settings, int look_at_pidns)
 		if (known)
 			return *known;
 	}
-	return settings->mark_host;
+	return SCOPE_HOST;
 }
 
 INLINE void mark_socket(struct bpf_sock_addr *context, struct settings *settings, __u32 bits)
@@ -156,23 +166,23 @@ INLINE int mark_connect(struct bpf_sock_addr *context, int ipv6, int look_at_pid
 {
 	struct settings *settings = settings_for(context);
 	struct learned_key key __attribute__((aligned(8))); /* map_ipv4() writes words */
-	__u32 bits;
+	__u32 scope;
 
 	if (!settings)
 		return 1;
-	bits = scope_of_current(settings, look_at_pidns);
+	scope = scope_of_current(settings, look_at_pidns);
 	if (ipv6)
 		ipv6_destination(&key, context);
 	else
 		ipv4_destination(&key, context);
 	if (context->protocol == IPPROTO_TCP && is_learned(&key)) {
-		mark_socket(context, settings, bits | settings->mark_vouched);
+		mark_socket(context, settings, scope_bits(scope, settings) | settings->mark_vouched);
 		return 1;
 	}
-	note_connect(&key, context->protocol, bits, settings, look_at_pidns);
-	mark_socket(context, settings, bits);
+	note_connect(&key, context->protocol, scope, settings, look_at_pidns);
+	mark_socket(context, settings, scope_bits(scope, settings));
 	/* 0 is EPERM. The scope is in the mark all the same: nothing rests on this answer. */
-	return !(settings->judging && is_refused(&key, bits, context->protocol, settings) &&
+	return !(settings->judging && is_refused(&key, scope, context->protocol, settings) &&
 		 settings->judging == JUDGING_REFUSE);
 }
 
@@ -182,7 +192,7 @@ INLINE int mark_sendmsg(struct bpf_sock_addr *context, int look_at_pidns)
 	struct settings *settings = settings_for(context);
 
 	if (settings)
-		mark_socket(context, settings, scope_of_current(settings, look_at_pidns));
+		mark_socket(context, settings, scope_bits(scope_of_current(settings, look_at_pidns), settings));
 	return 1;
 }
 

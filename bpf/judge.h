@@ -11,6 +11,7 @@
 #define TCP_FIN		    0x01
 #define TCP_SYN		    0x02
 #define TCP_RST		    0x04
+#define TCP_PSH		    0x08
 #define TCP_ACK		    0x10
 #define TCP_SEQUENCE_OFFSET 4
 #define TCP_CHECKSUM_OFFSET 16
@@ -18,11 +19,20 @@
 #define IPV6_ADDRESSES	    8
 #define STORE_FLAGS	    0
 
+/* Keeps when somebody went there: what is in use is the last that makes room for others. */
 INLINE int is_learned(struct learned_key *key)
 {
 	struct learned_value *learned = find_learned(key);
+	__u64 now;
 
-	return learned && learned->expires_at > now_ns();
+	if (!learned)
+		return 0;
+	now = now_ns();
+	if (learned->expires_at <= now)
+		return 0;
+	if (now - learned->used_at > USE_GRAIN_SECONDS * 1000000000ULL)
+		learned->used_at = now;
+	return 1;
 }
 
 INLINE int is_first(struct packet *packet)
@@ -59,11 +69,11 @@ INLINE int stays_here(struct learned_key *to)
 /* Whether nothing permits this connection; counts it then. */
 INLINE int is_refused(struct learned_key *to, __u32 scope, __u32 protocol, struct settings *settings)
 {
-	__u32 number = (scope >> SCOPE_SHIFT) & (SCOPES - 1), port = to->port;
+	__u32 number = scope & (SCOPES - 1), port = to->port;
 	__u32 *level = find_level(&number);
 	__u64 *counter;
 
-	if (!level || *level == JUDGED_NONE)
+	if (!level || *level < JUDGED_REGISTRY)
 		return 0;
 	if (*level == JUDGED_EVERY && protocol == IPPROTO_TCP) {
 		if (port == DNS_PORT)

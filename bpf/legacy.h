@@ -52,7 +52,7 @@ INLINE void vouch_for_connection(struct bpf_sock_ops *context, struct settings *
 		 */
 		bpf_sock_ops_cb_flags_set(context, BPF_SOCK_OPS_RTO_CB_FLAG);
 		if (settings->judging) /* to count: no answer is heeded here */
-			is_refused(&key, mark & settings->mark_mask, IPPROTO_TCP, settings);
+			is_refused(&key, scope_of_mark(mark, settings), IPPROTO_TCP, settings);
 	}
 	bpf_setsockopt(context, SOL_SOCKET_LEVEL, SO_MARK_OPTION, &mark, sizeof(mark));
 }

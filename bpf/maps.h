@@ -16,6 +16,23 @@ struct program_name {
 	char comm[COMM_BYTES];
 };
 
+/* How far a ClientHello has been read; between segments that is all that is kept of it. */
+struct hello {
+	__u64 field;	   /* FIELD_* */
+	__u64 need;	   /* bytes of it that are to come */
+	__u64 value;	   /* of a number, so far */
+	__u64 left;	   /* bytes of the message that are to come */
+	__u64 header;	   /* of a record, so far */
+	__u64 header_need; /* bytes of it that are to come */
+	__u64 record_left; /* bytes of the record that are to come */
+	__u64 skipping;	   /* the record does not matter */
+	__u64 extension;   /* bytes of the name's extension */
+	__u64 named;	   /* the name was read */
+	__u64 whole;	   /* one message was read, and allowed */
+	__u64 name_length;
+	__u8 name[512]; /* 255 at most; a copy at a masked index may run over */
+};
+
 /* What a program works on, in map memory and not on the stack: there the verifier knows no values, so that the states
  * of all paths are equal after each step and one stands for all. Numbers are 64 bits wide where size does not matter:
  * without 32-bit registers (mcpu=v2) every other width costs two shifts. */
@@ -55,6 +72,35 @@ struct scratch {
 	__u64 inserted;	  /* (address, port) that are new or live longer */
 	__u64 permitted;  /* (address, port) that may be connected to because of this message */
 
+	/* the guard: a packet on its way out */
+	__u64 transport;     /* offset of its TCP header in the frame, as are those below */
+	__u64 header_bytes;  /* of that header */
+	__u64 payload_bytes; /* behind it */
+	__u64 payload_left;  /* from `position` on */
+	__u64 tail;	     /* where the payload ends */
+	__u64 finished;	     /* it carries a FIN */
+	__u64 verdict;	     /* GUARD_* */
+	__u64 name_length;   /* of the name that was read */
+	__u64 named;	     /* a head has named its host */
+	__u64 absolute;	     /* its target is a whole URL */
+	__u64 registry;	     /* its path begins with /v2/ */
+	__u64 asked_port;    /* the target's */
+	__u64 stranger;	     /* its socket is of another network namespace */
+	__u64 unknown;	     /* the connection's beginning was not seen */
+	__u32 sequence;
+	__u32 acknowledged;
+	__u32 scope; /* whose packet it is, as a number of `levels` */
+	__u32 guard_padding;
+	struct uplink uplink;
+	struct link link; /* the last two bytes stay zero */
+	struct flow_key flow_key;
+	struct flow flow;
+	struct listed_key listed_key;
+	__u8 segment[TCP_HEADER_BYTES + 4]; /* a TCP header that is sent */
+	__u8 name[512];
+	struct hello blank; /* as a connection begins with */
+	struct ending ending;
+
 	struct name_rule rule;
 	struct query_key query_key;
 	struct query query;
@@ -85,8 +131,16 @@ HASH_MAP(registry_ports, __u32, __u8, MAX_REGISTRY_PORTS);
 LPM_MAP(listed, struct listed_key, __u8, MAX_LISTED);
 PERCPU_ARRAY_MAP(refusals, __u64, 2 * SCOPES * 2);
 LRU_MAP(connects, struct connect_key, struct connect_value, MAX_CONNECTS);
+LRU_MAP(flows, struct flow_key, struct flow, MAX_FLOWS);
+LRU_MAP(hellos, struct flow_key, struct hello, MAX_HELLOS);
+HASH_MAP(own_links, struct link, __u8, MAX_UPLINKS);
+HASH_MAP(uplinks, __u32, struct uplink, MAX_UPLINKS);
+LPM_MAP(catalogue, struct name_key, __u8, MAX_CATALOGUE);
+ARRAY_MAP(answers, struct answer, ANSWERS);
+PERCPU_ARRAY_MAP(guarded, __u64, GUARD_OUTCOMES);
 PERCPU_ARRAY_MAP(counters, __u64, OUTCOMES);
 PERCPU_ARRAY_MAP(scratches, struct scratch, 1);
 EVENT_MAP(events, EVENT_BYTES);
+EVENT_MAP(endings, ENDING_BYTES);
 
 #endif

@@ -126,8 +126,9 @@ INLINE int read_packet(struct __sk_buff *skb, struct packet *packet)
 {
 	__u64 transport;
 
-	if (!load_bytes(skb, 0, packet->head, IPV6_HEADER_BYTES)) /* no UDP with a DNS message and no TCP is shorter */
-		return 0;
+	if (!load_bytes(skb, 0, packet->head, IPV6_HEADER_BYTES) &&
+	    (skb->protocol != NETWORK_16(ETH_P_IP) || !load_bytes(skb, 0, packet->head, IPV4_HEADER_BYTES)))
+		return 0; /* a datagram of IPv4 may be shorter than a header of IPv6 */
 	if (skb->protocol == NETWORK_16(ETH_P_IP))
 		transport = read_ipv4(packet);
 	else if (skb->protocol == NETWORK_16(ETH_P_IPV6))

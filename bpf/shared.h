@@ -16,7 +16,15 @@
 #define MAX_REGISTRY_PORTS 1024
 #define MAX_LISTED 16384
 #define MAX_CONNECTS 8192
+#define MAX_FLOWS 65536
+#define MAX_HELLOS 4096
+#define MAX_UPLINKS 4096
+#define MAX_CATALOGUE 4096
+#define MAX_ANSWER_BYTES 1024
+#define USE_GRAIN_SECONDS 1
+#define LOOPBACK_IFINDEX 1
 #define EVENT_BYTES 1048576
+#define ENDING_BYTES 262144
 #define COMM_BYTES 16
 
 #define OUTCOME_LEARNED 0
@@ -34,14 +42,44 @@
 #define RANGE_NEVER 1
 #define RANGE_PRIVATE 2
 
+#define RESOLVER_TRUSTED 1
+#define RESOLVER_RETIRED 2
+
 #define JUDGING_NOT 0
 #define JUDGING_COUNT 1
 #define JUDGING_REFUSE 2
 #define JUDGED_NONE 0
-#define JUDGED_REGISTRY 1
-#define JUDGED_EVERY 2
+#define JUDGED_RECOGNISED 1
+#define JUDGED_REGISTRY 2
+#define JUDGED_EVERY 3
+#define LISTED_REGISTRY 1
+#define LISTED_PROXY 2
+#define GUARD_NAME 0
+#define GUARD_PROXY 1
+#define GUARD_RECOGNISE 2
+#define FLOW_BEGUN 0
+#define FLOW_HELLO 1
+#define FLOW_CONNECT 2
+#define FLOW_TUNNEL 3
+#define FLOW_ALLOWED 4
+#define FLOW_ENDED 5
+#define GUARD_PASSED 0
+#define GUARD_UNLISTED_NAME 1
+#define GUARD_NO_NAME 2
+#define GUARD_HIDDEN_NAME 3
+#define GUARD_UNREADABLE 4
+#define GUARD_UNKNOWN 5
+#define GUARD_UNLISTED_ADDRESS 6
+#define GUARD_REPORT_LOST 7
+#define ANSWER_TLS 0
+#define ANSWER_HTTP 1
+#define GUARD_OUTCOMES 8
+#define ANSWERS 2
 #define NETNS_ANY 0xffffffffffffffffULL
-#define SCOPE_SHIFT 29
+#define SCOPE_UNSTAMPED 0
+#define SCOPE_HOST 1
+#define SCOPE_ENGINE 2
+#define SCOPE_CONTAINER 3
 #define SCOPES 4
 
 /* Key of `names`: a reversed, lower-case name. Exact: all of it and a NUL. Wildcard *.x: reversed x and a dot. */
@@ -59,14 +97,20 @@ struct name_rule {
 	__u16 ports[8]; /* host order; the first port_count count */
 	__u8 port_count; /* 1 .. MAX_PORTS_PER_NAME */
 	__u8 private_addresses; /* 1: an answer in a private range may teach */
-	__u8 padding[6]; /* zero */
+	__u8 named_ports; /* bit i: clients may name it on ports[i]; 0: it is a proxy's there and no more */
+	__u8 proxy_ports; /* bit i: a proxy is at the addresses on ports[i] */
+	__u8 unnamed_ports; /* bit i: what is said at the addresses on ports[i] is not looked at */
+	__u8 padding[3]; /* zero */
 };
 _Static_assert(sizeof(struct name_rule) == 32, "size of name_rule");
 _Static_assert(__builtin_offsetof(struct name_rule, pattern_id) == 0, "name_rule.pattern_id");
 _Static_assert(__builtin_offsetof(struct name_rule, ports) == 8, "name_rule.ports");
 _Static_assert(__builtin_offsetof(struct name_rule, port_count) == 24, "name_rule.port_count");
 _Static_assert(__builtin_offsetof(struct name_rule, private_addresses) == 25, "name_rule.private_addresses");
-_Static_assert(__builtin_offsetof(struct name_rule, padding) == 26, "name_rule.padding");
+_Static_assert(__builtin_offsetof(struct name_rule, named_ports) == 26, "name_rule.named_ports");
+_Static_assert(__builtin_offsetof(struct name_rule, proxy_ports) == 27, "name_rule.proxy_ports");
+_Static_assert(__builtin_offsetof(struct name_rule, unnamed_ports) == 28, "name_rule.unnamed_ports");
+_Static_assert(__builtin_offsetof(struct name_rule, padding) == 29, "name_rule.padding");
 
 /* Key of `ranges`; the value is a __u32 RANGE_*. */
 struct range_key {
@@ -84,13 +128,15 @@ struct query_key {
 	__u16 client_port; /* network order, as on the wire */
 	__u16 transaction_id; /* network order, as on the wire */
 	__u32 protocol; /* IPPROTO_UDP or IPPROTO_TCP */
+	__u32 loopback; /* 1: it left through lo, and so is answered; 0: through any other interface */
 };
-_Static_assert(sizeof(struct query_key) == 40, "size of query_key");
+_Static_assert(sizeof(struct query_key) == 44, "size of query_key");
 _Static_assert(__builtin_offsetof(struct query_key, resolver) == 0, "query_key.resolver");
 _Static_assert(__builtin_offsetof(struct query_key, client) == 16, "query_key.client");
 _Static_assert(__builtin_offsetof(struct query_key, client_port) == 32, "query_key.client_port");
 _Static_assert(__builtin_offsetof(struct query_key, transaction_id) == 34, "query_key.transaction_id");
 _Static_assert(__builtin_offsetof(struct query_key, protocol) == 36, "query_key.protocol");
+_Static_assert(__builtin_offsetof(struct query_key, loopback) == 40, "query_key.loopback");
 
 /* Value of `queries`. */
 struct query {
@@ -129,10 +175,16 @@ _Static_assert(__builtin_offsetof(struct learned_key, padding) == 18, "learned_k
 struct learned_value {
 	__u64 expires_at; /* nanoseconds, clock of this build; later: no permission */
 	__u64 pattern_id; /* the pattern that taught it last */
+	__u64 used_at; /* when a connection went there, to USE_GRAIN_SECONDS, same clock; 0: never */
+	__u64 unnamed_until; /* as expires_at: until then nobody looks what name is asked for there */
+	__u64 proxy_until; /* as expires_at: until then a proxy is there */
 };
-_Static_assert(sizeof(struct learned_value) == 16, "size of learned_value");
+_Static_assert(sizeof(struct learned_value) == 40, "size of learned_value");
 _Static_assert(__builtin_offsetof(struct learned_value, expires_at) == 0, "learned_value.expires_at");
 _Static_assert(__builtin_offsetof(struct learned_value, pattern_id) == 8, "learned_value.pattern_id");
+_Static_assert(__builtin_offsetof(struct learned_value, used_at) == 16, "learned_value.used_at");
+_Static_assert(__builtin_offsetof(struct learned_value, unnamed_until) == 24, "learned_value.unnamed_until");
+_Static_assert(__builtin_offsetof(struct learned_value, proxy_until) == 32, "learned_value.proxy_until");
 
 /* The one value of `settings`; all zero (not configured) means: learn nothing, vouch for nothing. */
 struct settings {
@@ -152,8 +204,10 @@ struct settings {
 	__u32 configured; /* 1 when the above counts */
 	__u32 judging; /* JUDGING_* */
 	__u32 observing; /* 1: mode observe, which has counters of its own */
+	__u32 recognising; /* 1: some scope's level is JUDGED_RECOGNISED */
+	__u32 padding; /* zero */
 };
-_Static_assert(sizeof(struct settings) == 96, "size of settings");
+_Static_assert(sizeof(struct settings) == 104, "size of settings");
 _Static_assert(__builtin_offsetof(struct settings, question_key) == 0, "settings.question_key");
 _Static_assert(__builtin_offsetof(struct settings, lifetime_floor) == 8, "settings.lifetime_floor");
 _Static_assert(__builtin_offsetof(struct settings, lifetime_ceiling) == 16, "settings.lifetime_ceiling");
@@ -170,6 +224,8 @@ _Static_assert(__builtin_offsetof(struct settings, mark_container) == 80, "setti
 _Static_assert(__builtin_offsetof(struct settings, configured) == 84, "settings.configured");
 _Static_assert(__builtin_offsetof(struct settings, judging) == 88, "settings.judging");
 _Static_assert(__builtin_offsetof(struct settings, observing) == 92, "settings.observing");
+_Static_assert(__builtin_offsetof(struct settings, recognising) == 96, "settings.recognising");
+_Static_assert(__builtin_offsetof(struct settings, padding) == 100, "settings.padding");
 
 /* Head of an event; `wire_length` bytes of the DNS message follow. */
 struct dns_event {
@@ -197,7 +253,7 @@ struct connect_key {
 	__u8 address[16]; /* network order, IPv4 mapped */
 	__u16 port; /* host order */
 	__u16 protocol; /* IPPROTO_TCP or IPPROTO_UDP */
-	__u32 scope; /* scope bits of the mark */
+	__u32 scope; /* SCOPE_* */
 	__u32 uid; /* as the host's user namespace counts */
 };
 _Static_assert(sizeof(struct connect_key) == 28, "size of connect_key");
@@ -223,5 +279,93 @@ _Static_assert(__builtin_offsetof(struct connect_value, cgroup_id) == 16, "conne
 _Static_assert(__builtin_offsetof(struct connect_value, process) == 24, "connect_value.process");
 _Static_assert(__builtin_offsetof(struct connect_value, padding) == 28, "connect_value.padding");
 _Static_assert(__builtin_offsetof(struct connect_value, comm) == 32, "connect_value.comm");
+
+/* Key of `flows` and `hellos`: a TCP connection as it leaves through an uplink, translated. */
+struct flow_key {
+	__u8 source[16]; /* network order, IPv4 mapped */
+	__u8 destination[16]; /* network order, IPv4 mapped */
+	__u16 source_port; /* host order */
+	__u16 destination_port; /* host order */
+};
+_Static_assert(sizeof(struct flow_key) == 36, "size of flow_key");
+_Static_assert(__builtin_offsetof(struct flow_key, source) == 0, "flow_key.source");
+_Static_assert(__builtin_offsetof(struct flow_key, destination) == 16, "flow_key.destination");
+_Static_assert(__builtin_offsetof(struct flow_key, source_port) == 32, "flow_key.source_port");
+_Static_assert(__builtin_offsetof(struct flow_key, destination_port) == 34, "flow_key.destination_port");
+
+/* Value of `flows`. */
+struct flow {
+	__u64 pattern_id; /* the pattern that allowed its name; 0: none yet */
+	__u32 next; /* sequence number of the first byte that was not read */
+	__u32 head_bytes; /* of a CONNECT's head, so far */
+	__u16 port; /* host order; a proxy is asked for another one than its own */
+	__u8 state; /* FLOW_* */
+	__u8 mode; /* GUARD_NAME, GUARD_PROXY or GUARD_RECOGNISE */
+	__u32 padding; /* zero */
+};
+_Static_assert(sizeof(struct flow) == 24, "size of flow");
+_Static_assert(__builtin_offsetof(struct flow, pattern_id) == 0, "flow.pattern_id");
+_Static_assert(__builtin_offsetof(struct flow, next) == 8, "flow.next");
+_Static_assert(__builtin_offsetof(struct flow, head_bytes) == 12, "flow.head_bytes");
+_Static_assert(__builtin_offsetof(struct flow, port) == 16, "flow.port");
+_Static_assert(__builtin_offsetof(struct flow, state) == 18, "flow.state");
+_Static_assert(__builtin_offsetof(struct flow, mode) == 19, "flow.mode");
+_Static_assert(__builtin_offsetof(struct flow, padding) == 20, "flow.padding");
+
+/* Value of `uplinks`, by index of the interface; one that is not there is not guarded. */
+struct uplink {
+	__u32 any_port; /* one of the registry ports, for packets that hide theirs */
+	__u32 link_bytes; /* of the link layer's header: 14, or 0 */
+};
+_Static_assert(sizeof(struct uplink) == 8, "size of uplink");
+_Static_assert(__builtin_offsetof(struct uplink, any_port) == 0, "uplink.any_port");
+_Static_assert(__builtin_offsetof(struct uplink, link_bytes) == 4, "uplink.link_bytes");
+
+/* Key of `own_links`: an address of this host's own on the link layer; what leaves with another is a stranger's. */
+struct link {
+	__u8 address[6]; /* as on the wire */
+	__u8 padding[2]; /* zero */
+};
+_Static_assert(sizeof(struct link) == 8, "size of link");
+_Static_assert(__builtin_offsetof(struct link, address) == 0, "link.address");
+_Static_assert(__builtin_offsetof(struct link, padding) == 6, "link.padding");
+
+/* One record of the ring `endings`: a connection that the guard ended, or in mode observe would have. */
+struct ending {
+	__u64 at; /* nanoseconds, clock of this build */
+	__u8 source[16]; /* network order, IPv4 mapped; translated, as all of this */
+	__u8 destination[16]; /* network order, IPv4 mapped */
+	__u16 source_port; /* host order */
+	__u16 destination_port; /* host order */
+	__u32 interface; /* index of the uplink */
+	__u32 scope; /* SCOPE_* */
+	__u16 name_length; /* bytes of `name` that count */
+	__u8 protocol; /* IPPROTO_TCP or IPPROTO_UDP */
+	__u8 verdict; /* GUARD_* */
+	__u8 name[256]; /* what was asked for, as it was written */
+};
+_Static_assert(sizeof(struct ending) == 312, "size of ending");
+_Static_assert(__builtin_offsetof(struct ending, at) == 0, "ending.at");
+_Static_assert(__builtin_offsetof(struct ending, source) == 8, "ending.source");
+_Static_assert(__builtin_offsetof(struct ending, destination) == 24, "ending.destination");
+_Static_assert(__builtin_offsetof(struct ending, source_port) == 40, "ending.source_port");
+_Static_assert(__builtin_offsetof(struct ending, destination_port) == 42, "ending.destination_port");
+_Static_assert(__builtin_offsetof(struct ending, interface) == 44, "ending.interface");
+_Static_assert(__builtin_offsetof(struct ending, scope) == 48, "ending.scope");
+_Static_assert(__builtin_offsetof(struct ending, name_length) == 52, "ending.name_length");
+_Static_assert(__builtin_offsetof(struct ending, protocol) == 54, "ending.protocol");
+_Static_assert(__builtin_offsetof(struct ending, verdict) == 55, "ending.verdict");
+_Static_assert(__builtin_offsetof(struct ending, name) == 56, "ending.name");
+
+/* Value of `answers`. */
+struct answer {
+	__u32 length; /* of `bytes` that count; 1 .. MAX_ANSWER_BYTES */
+	__u32 sum; /* of these as 16-bit words in memory's order, not folded (RFC 1071) */
+	__u8 bytes[1024]; /* what follows the TCP header */
+};
+_Static_assert(sizeof(struct answer) == 1032, "size of answer");
+_Static_assert(__builtin_offsetof(struct answer, length) == 0, "answer.length");
+_Static_assert(__builtin_offsetof(struct answer, sum) == 4, "answer.sum");
+_Static_assert(__builtin_offsetof(struct answer, bytes) == 8, "answer.bytes");
 
 #endif

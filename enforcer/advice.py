@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from typing import Protocol
 
+from enforcer.catalogue import KnownName, registry_of
 from enforcer.policy import (
     RULE_PORTS,
     Address,
@@ -27,6 +28,7 @@ from enforcer.policy import (
     Reason,
     Rule,
     RuleKind,
+    Verify,
     host_pattern,
     load_preset,
     preset_names,
@@ -120,8 +122,14 @@ def warnings(policy: Policy) -> tuple[str, ...]:
     found = []
     if not policy.rules:
         found.append("it allows nothing: every registry will be refused")
-    if not _judged(policy):
+    if policy.scope.strictest is Level.OFF:
         found.append("every scope is off: nothing will be refused")
+    lenient = [name for name, level in _levels(policy)[:2] if level is Level.REGISTRIES]
+    if lenient:
+        found.append(
+            f"{_words(lenient)} may reach every registry that is not recognised as one: the level that lets nobody "
+            'around it is "strict"'
+        )
     if 443 not in policy.ports:
         found.append("443 is not among the registry ports: most registries will not be judged")
     for rule in policy.rules:
@@ -130,6 +138,11 @@ def warnings(policy: Policy) -> tuple[str, ...]:
             for host in rule.hosts
             if host.wildcard and "." not in host.name
         ]
+        if rule.verify is Verify.ADDRESS:
+            found.append(
+                f'rule "{rule.name}" has verify = "address": at an address that others share, every name of theirs is '
+                "reachable too"
+            )
         if rule.kind is RuleKind.PRESET and rule.name in preset_names():
             shared = [host.name for host in load_preset(rule.name).hosts if host.note is Note.SHARED]
             if shared:
@@ -150,22 +163,28 @@ def _explain_name(
         step = "Its addresses are allowed from the moment that a trusted resolver answers with them."
         if addresses:
             step = f"It resolved to {_words(addresses)}."
-        return Explanation(name, port, Reason.LISTED_NAME, _names(rule for rule, _ in allowing), sentence, (step,))
-    if not _judges(policy, port):
+        steps = (step, *_said_there([rule for rule, _ in allowing]))
+        return Explanation(name, port, Reason.LISTED_NAME, _names(rule for rule, _ in allowing), sentence, steps)
+    recognised = registry_of(name)
+    refused = _refused(policy, port, recognised)
+    if not refused:
         return _unjudged(policy, name, port)
     if covering:
         rule, _ = covering[0]
-        sentence = f"{name} is allowed by {_rule(rule)} on {_ports(rule.ports)}, but not on {port}: {_refused(policy)}."
-        steps = (*_contact(policy), _toml_for_port(rule, name, port), *_observed(policy))
+        elsewhere = f"{name} is allowed by {_rule(rule)} on {_ports(rule.ports)}"
+        sentence = f"{elsewhere}, but not on {port}: {refused}."
+        steps = (*_engines_too(policy, port), *_contact(policy), _toml_for_port(rule, name, port), *_observed(policy))
         return Explanation(name, port, Reason.UNLISTED_PORT, _names(rule for rule, _ in covering), sentence, steps)
     steps = (
         *_did_you_mean(policy, name),
+        *_recognition(policy, recognised),
+        *_engines_too(policy, port),
         *_contact(policy),
         *(_toml_for_preset(policy, *found) for found in presets_with(name)),
         _toml_for_name(name, port),
         *_observed(policy),
     )
-    sentence = f"{name} is not listed by any rule of {policy.source}: {_refused(policy)}."
+    sentence = f"{name} is not listed by any rule of {policy.source}: {refused}."
     return Explanation(name, port, Reason.UNLISTED_NAME, (), sentence, steps)
 
 
@@ -220,25 +239,23 @@ def _explain_address(policy: Policy, address: Address, port: int | None, learned
     for rule, network in static:
         if port is None or port in rule.ports:
             sentence = f"{subject} is allowed on {_ports(port or rule.ports)} by {_rule(rule)}, which lists {network}."
-            return Explanation(subject, port, Reason.LISTED_ADDRESS, (rule.name,), sentence, ())
+            return Explanation(subject, port, Reason.LISTED_ADDRESS, (rule.name,), sentence, _said_there([rule]))
     for entry in named:
         if port is None or port == entry.port:
             sentence = (
                 f'{subject} is allowed on {_ports(entry.port)} by rule "{entry.rule}": {entry.name} resolved to it.'
             )
             return Explanation(subject, port, Reason.LEARNED_ADDRESS, (entry.rule,), sentence, ())
-    if not _judges(policy, port):
+    refused = _refused(policy, port)
+    if not refused:
         return _unjudged(policy, subject, port)
     if static or named:
         rules = dict.fromkeys([rule.name for rule, _ in static] + [entry.rule for entry in named])
         ports = {port for rule, _ in static for port in rule.ports} | {entry.port for entry in named}
-        sentence = f"{subject} is allowed on {_ports(sorted(ports))}, but not on {port}: {_refused(policy)}."
+        sentence = f"{subject} is allowed on {_ports(sorted(ports))}, but not on {port}: {refused}."
         steps = (*_contact(policy), *_observed(policy))
         return Explanation(subject, port, Reason.UNLISTED_PORT, tuple(rules), sentence, steps)
-    sentence = (
-        f"{subject} is not listed by any rule of {policy.source}, and no listed name resolved to it: "
-        f"{_refused(policy)}."
-    )
+    sentence = f"{subject} is not listed by any rule of {policy.source}, and no listed name resolved to it: {refused}."
     text = f'[[registry]]\nname = "NAME"\naddresses = ["{subject}"]{_ports_line(port)}'
     ask_name = "Where it belongs to a name, explain that: a listed name's addresses are allowed once it is resolved."
     steps = (ask_name, *_contact(policy), _toml("To allow it whatever its name", text), *_observed(policy))
@@ -254,34 +271,79 @@ def _address(text: str) -> Address | None:
     return mapped or address
 
 
+_HOST = "this host's programs"
+
+
 # --- words -----------------------------------------------------------------------------------------------------------
-def _judged(policy: Policy) -> list[str]:
-    """The scopes that are strict, as users know them."""
+def _levels(policy: Policy) -> tuple[tuple[str, Level], ...]:
+    """The scopes, as users know them."""
     scope = policy.scope
-    levels = (("containers", scope.containers), ("engines", scope.engines), ("this host's programs", scope.host))
-    return [name for name, level in levels if level is Level.STRICT]
+    return (("containers", scope.containers), ("engines", scope.engines), (_HOST, scope.host))
 
 
-def _judges(policy: Policy, port: int | None) -> bool:
-    """Whether anyone is refused this port of an unlisted destination because of the port."""
-    return bool(_judged(policy)) and (port is None or port in policy.ports)
+def _lenient(policy: Policy) -> list[str]:
+    """The scopes that are refused recognised registries only."""
+    return [name for name, level in _levels(policy) if level is Level.REGISTRIES]
+
+
+def _refused(policy: Policy, port: int | None, recognised: KnownName | None = None) -> str:
+    """For whom an unlisted destination is refused because of its port, or because it is `recognised` as a registry,
+    which it is on every port; empty: for nobody."""
+    for_host = port is None or port in policy.ports
+    for_others = for_host or port in policy.container_ports
+    scopes = [
+        name
+        for name, level in _levels(policy)
+        if (level is Level.STRICT and (for_host if name == _HOST else for_others))
+        or (level is Level.REGISTRIES and recognised is not None)
+    ]
+    verb = "would be refused" if policy.mode is Mode.OBSERVE else "is refused"
+    return f"it {verb} for {_words(scopes)}" if scopes else ""
+
+
+def _recognition(policy: Policy, recognised: KnownName | None) -> tuple[str, ...]:
+    """What the level "registries" makes of a name that no rule lists."""
+    lenient = _lenient(policy)
+    if not lenient:
+        return ()
+    who = _words(lenient)
+    who = who[:1].upper() + who[1:]
+    if recognised is not None:
+        return (
+            f"{who} are refused it, on whatever port, as a registry that is known by its name: {recognised.registry}.",
+        )
+    return (f"{who} may reach it, but for the registry protocol (/v2/) over plain HTTP: its name is in no catalogue.",)
+
+
+def _engines_too(policy: Policy, port: int | None) -> tuple[str, ...]:
+    """Where the port is no registry port, it is one for engines."""
+    if port is None or port in policy.ports or port == DNS_PORT or policy.scope.engines is not Level.STRICT:
+        return ()
+    return ("Engines that pull images are refused all the same: for them every TCP port but DNS counts.",)
 
 
 def _unjudged(policy: Policy, subject: str, port: int | None) -> Explanation:
-    if not _judged(policy):
-        sentence = f"{subject} is not judged: every scope of {policy.source} is off."
-        return Explanation(subject, port, Reason.NOT_JUDGED, (), sentence, ())
-    sentence = f"{subject} is not judged on port {port}: the registry ports are {_words(policy.ports)}."
     steps: tuple[str, ...] = ()
-    if policy.scope.engines is Level.STRICT and port != DNS_PORT:
-        engines = "Engines that pull images are refused all the same: for them every TCP port but DNS counts."
-        steps = (engines, *_observed(policy))
+    lenient = _lenient(policy)
+    if policy.scope.strictest is Level.OFF:
+        sentence = f"{subject} is not judged: every scope of {policy.source} is off."
+    elif policy.scope.strictest is Level.REGISTRIES:
+        sentence = f"{subject} is not judged: {_words(lenient)} are refused only what is recognised as a registry."
+    else:
+        sentence = f"{subject} is not judged on port {port}: the registry ports are {_words(policy.ports)}."
+        if engines := _engines_too(policy, port):
+            steps = (*engines, *_observed(policy))
     return Explanation(subject, port, Reason.NOT_JUDGED, (), sentence, steps)
 
 
-def _refused(policy: Policy) -> str:
-    verb = "would be refused" if policy.mode is Mode.OBSERVE else "is refused"
-    return f"it {verb} for {_words(_judged(policy))}"
+def _said_there(rules: Sequence[Rule]) -> tuple[str, ...]:
+    """What clients have to say at addresses that one of these rules opened, where that is not a name alone."""
+    steps = []
+    if any(rule.kind is RuleKind.PROXY for rule in rules):
+        steps.append("It is a forward proxy: what it is asked for, by CONNECT or a whole URL, must be allowed as well.")
+    if any(rule.verify is Verify.ADDRESS for rule in rules):
+        steps.append("Where it leads clients may ask for any name, or for none.")
+    return tuple(steps)
 
 
 def _observed(policy: Policy) -> tuple[str, ...]:
@@ -295,8 +357,7 @@ def _contact(policy: Policy) -> tuple[str, ...]:
 
 
 def _rule(rule: Rule) -> str:
-    kind = {RuleKind.PRESET: "preset", RuleKind.REGISTRY: "registry", RuleKind.DESTINATION: "destination"}[rule.kind]
-    return f'{kind} "{rule.name}"'
+    return f'{rule.kind.value} "{rule.name}"'
 
 
 def _names(rules: Iterable[Rule]) -> tuple[str, ...]:
@@ -327,7 +388,7 @@ def _toml_for_name(name: str, port: int | None) -> str:
 
 
 def _toml_for_port(rule: Rule, name: str, port: int | None) -> str:
-    if rule.kind is RuleKind.PRESET:
+    if rule.kind in (RuleKind.PRESET, RuleKind.PROXY):
         return _toml_for_name(name, port)
     ports = sorted({*rule.ports, port or 0} - {0})
     return _toml(f"To allow the port, under {_rule(rule)}", f"ports = {ports}")

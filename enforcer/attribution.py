@@ -259,7 +259,7 @@ def namespace_addresses(fib_trie: str, if_inet6: str) -> set[Address]:
     for line in fib_trie.splitlines():
         words = line.split()
         if words[:1] == ["|--"]:
-            candidate = words[1]
+            candidate = "".join(words[1:2])
         elif words == ["/32", "host", "LOCAL"] and (address := _address(candidate)) is not None:
             found.add(address)
     for line in if_inet6.splitlines():

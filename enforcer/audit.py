@@ -11,11 +11,12 @@ import contextlib
 import logging
 import os
 import queue
-import stat
 import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from enforcer import trusted_files
 
 log = logging.getLogger("registry-enforcer")
 
@@ -141,13 +142,11 @@ class _File:
         if named is None or self._fd < 0 or path != self._path or (named.st_dev, named.st_ino) != self._identity:
             self.close()
             path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-            # O_NONBLOCK: a FIFO in its place must not hold up the thread for ever.
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            self._fd = os.open(path, flags, 0o640)
+            try:
+                self._fd = trusted_files.append(path, 0o640)
+            except trusted_files.UntrustedError as error:
+                raise OSError(0, str(error)) from None
             self._path = path
         status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode):
-            self.close()
-            raise OSError(0, "not a regular file")
         self._identity = status.st_dev, status.st_ino
         return status.st_size

@@ -25,6 +25,7 @@ FOLD_SECONDS = 60.0
 FOLDED_KEYS = 4_096
 REFERENCES_A_RECORD = 32
 RECENT_RECORDS = 1_000
+RECORDS_A_REPLY = 200
 
 Endpoint = tuple[Address, int]  # (address, port)
 

@@ -20,7 +20,17 @@ from enforcer import containers
 from enforcer.advice import parse_subject
 from enforcer.attribution import Container
 from enforcer.audit import AuditLog
-from enforcer.audit_record import AuditRecord, Folding, Kind, Origin, Process, RecentRecords, Report, as_line
+from enforcer.audit_record import (
+    RECORDS_A_REPLY,
+    AuditRecord,
+    Folding,
+    Kind,
+    Origin,
+    Process,
+    RecentRecords,
+    Report,
+    as_line,
+)
 from enforcer.bpf import KernelState
 from enforcer.denial import Refusal
 from enforcer.kernel_abi import Protocol, decode_connect, pack_connect_key
@@ -37,7 +47,6 @@ LOOKUP_DEADLINE_SECONDS = 5.0
 PENDING_ATTEMPTS = 4_096
 WRITTEN_ATTEMPTS = 1_024
 CONNECT_SECONDS = 1.0  # between a connect() and the report of its packet; another process's since then may be meant
-RECORDS_A_REPLY = 200
 NANOSECONDS = 1_000_000_000
 
 Flow = tuple[Protocol, tuple[Address, int], tuple[Address, int]]
@@ -53,6 +62,7 @@ class _Attempt:
     container: Container | None  # as far as the process's cgroup tells it
     expires_at: float  # when it is written without a name
     refusal: Refusal | None = None
+    said: tuple[str | None, Reason] | None = None  # the guard's account: the name that was asked for
 
 
 class Auditor:
@@ -112,6 +122,17 @@ class Auditor:
             self._wake.set()
         else:
             self.unrecorded += 1
+
+    def ended(self, report: Report, name: str | None, reason: Reason) -> None:
+        """The guard has ended a connection, or in mode "observe" would have, since it asked for `name`."""
+        if report.flow in self._pending:
+            return
+        if len(self._pending) >= PENDING_ATTEMPTS:
+            self.unrecorded += 1
+            return
+        process, container = self._who(report)
+        self._pending[report.flow] = _Attempt(report, process, container, 0.0, said=(name, reason))
+        self._wake.set()
 
     def disagreed(self, detail: str) -> None:
         """BPF and the full parser did not agree about a DNS answer."""
@@ -220,6 +241,15 @@ class Auditor:
             reason=Reason.UNLISTED_PORT if known else Reason.UNLISTED_ADDRESS,
             rule=known and known[1],
         )
+        if attempt.said is not None:
+            name, reason = attempt.said
+            record = replace(
+                record,
+                name=name or record.name,
+                name_source="client" if name else record.name_source,
+                reason=reason,
+                rule=record.rule if reason is Reason.UNNAMED else None,
+            )
         if attempt.refusal is not None:
             record = self._told(record, attempt.refusal)
         self._written[report.flow] = record

@@ -11,7 +11,6 @@ import asyncio
 import datetime
 import os
 import ssl
-import stat
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from enforcer import trusted_files
 from enforcer.policy import AuthorityFiles, HostPattern
 
 CA_DAYS = 365
@@ -189,12 +189,16 @@ def create(
     files = AuthorityFiles(str(directory.absolute() / CERTIFICATE_NAME), str(directory.absolute() / KEY_NAME), line=1)
     try:
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        _write_new(Path(files.key), _private_pem(key), 0o600)
-        try:
-            _write_new(Path(files.certificate), certificate.public_bytes(serialization.Encoding.PEM), 0o644)
-        except OSError:
-            Path(files.key).unlink()
-            raise
+        with trusted_files.directory(directory) as parent:
+            _write_new(parent, Path(files.key), _private_pem(key), 0o600)
+            try:
+                pem = certificate.public_bytes(serialization.Encoding.PEM)
+                _write_new(parent, Path(files.certificate), pem, 0o644)
+            except OSError:
+                os.unlink(KEY_NAME, dir_fd=parent)
+                raise
+    except trusted_files.UntrustedError as error:
+        raise AuthorityError(error.problem, f"{error.advice}, or name another --directory") from None
     except FileExistsError as error:
         raise AuthorityError(
             f"{error.filename} exists already", "remove both files to make a new CA, or name another --directory"
@@ -215,8 +219,13 @@ def _has_parent(name: str, names: Collection[str]) -> bool:
     return any(".".join(labels[cut:]) in names for cut in range(1, len(labels)))
 
 
-def _write_new(path: Path, data: bytes, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+def _write_new(parent: int, path: Path, data: bytes, mode: int) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path.name, flags, mode, dir_fd=parent)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     with os.fdopen(descriptor, "wb") as file:
         os.fchmod(descriptor, mode)
         file.write(data)
@@ -328,14 +337,11 @@ def _read_key(path: str) -> _SigningKey:
 
 def _read_file(path: str, what: str, *, private: bool = False) -> bytes:
     try:
-        with Path(path).open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            text = file.read(_MAX_FILE_BYTES) if stat.S_ISREG(mode) else b""
+        return trusted_files.read(Path(path), _MAX_FILE_BYTES, private=private)
+    except trusted_files.UntrustedError as error:
+        raise AuthorityError(error.problem, error.advice) from None
     except OSError as error:
         raise AuthorityError(f"the {what} {path} cannot be read: {error.strerror}", _MAKE_ONE) from None
-    if private and mode & 0o077:
-        raise AuthorityError(f"{path} can be read by others than its owner", f"chmod 600 {path}")
-    return text
 
 
 def _not_after(certificate: x509.Certificate) -> datetime.datetime:

@@ -4,6 +4,9 @@ It holds what the policy lists by address and nobody learns for it. No BPF progr
 host are judged by the strictest scope in force. The daemon finds a table and takes it over like an earlier daemon's, in
 one transaction; whatever keeps the daemon from starting leaves this one in force.
 
+Forward proxies are left out, listed by address or not: the guard, which reads what they are asked for, comes with the
+daemon, and until then a proxy would open every registry.
+
 A policy that cannot be used is no reason to open: then nothing is permitted on the usual registry ports.
 """
 
@@ -14,7 +17,7 @@ from pathlib import Path
 
 from enforcer import control, daemon, ladder, nft, ruleset
 from enforcer.enforcement import ReadPolicy
-from enforcer.policy import Level, Mode, Policy, PolicyError, Scope, default_policy
+from enforcer.policy import Level, Mode, Policy, PolicyError, RuleKind, Scope, default_policy
 
 CAPABILITIES = ladder.Capabilities(programs=frozenset(), traffic_control=False, cgroup=False, learning=False)
 
@@ -34,7 +37,8 @@ def lay(run_dir: Path, read_policy: ReadPolicy) -> str:
             if firewall.present():
                 return "a table of registry-enforcer refuses already; it stays"
             capabilities = replace(CAPABILITIES, features=features)
-            firewall.apply(ruleset.render_ruleset(policy, capabilities, internal=()))
+            rules = tuple(rule for rule in policy.rules if rule.kind is not RuleKind.PROXY)
+            firewall.apply(ruleset.render_ruleset(replace(policy, rules=rules), capabilities, internal=()))
     except control.AlreadyRunningError as error:
         return f"{error}: nothing to do"
     if mistake is not None:

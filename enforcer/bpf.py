@@ -20,6 +20,7 @@ import errno
 import hashlib
 import itertools
 import json
+import logging
 import mmap
 import os
 import resource
@@ -33,7 +34,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import kernel_abi
+from . import kernel_abi, trusted_files
 
 # enum bpf_cmd
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = 0, 1, 2, 3, 4
@@ -48,10 +49,16 @@ _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280}  # asm/unistd
 _BPFFS_MAGIC = 0xCAFE4A11  # BPF_FS_MAGIC, linux/magic.h
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _F_ALLOW_MULTI = 2
+_NOEXIST = 1  # BPF_NOEXIST
 _ENOTSUPP = 524  # leaks out of the kernel; errno.h of user space does not know it
 _BATCH = 4096
-_LOAD_DEADLINE_SECONDS = 60
+_LOAD_DEADLINE_SECONDS = 180  # emulated processors verify in a minute what others do in one second
 _EVENTS_A_READ = 512
+# Of the child that loads. What root's shell happens to have (TMPDIR, BCC_*, LIBBPF_*, LD_*, PYTHON*) is not for it.
+LOADER_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+_REPORT_FIELDS = "ids"  # what reports have learned to say: those of an earlier version are not ours to adopt
+
+log = logging.getLogger("registry-enforcer")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint)
@@ -76,6 +83,7 @@ class ProgramType(enum.IntEnum):
     CGROUP_SOCK = 9
     SOCK_OPS = 13
     CGROUP_SOCK_ADDR = 18
+    CGROUP_SOCKOPT = 25
 
 
 class CgroupHook(enum.IntEnum):
@@ -87,6 +95,7 @@ class CgroupHook(enum.IntEnum):
     CONNECT6 = 11
     SENDMSG4 = 14
     SENDMSG6 = 15
+    SETSOCKOPT = 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +108,7 @@ class LoadReport:
     clock: int  # time.CLOCK_*: what "now" is in the maps and events of this build
     programs: Mapping[str, str]  # name -> the C function that the verifier accepted for it (NAME or NAME_pidns)
     refused: Mapping[str, str]  # C function -> the verifier's last lines
+    ids: Mapping[str, int]  # maps/NAME, programs/NAME -> the kernel's id of what was pinned there
     seconds: float  # of the load
     peak_kib: int  # resident memory of the child that loaded
 
@@ -169,6 +179,11 @@ def _object_info(fd: int, size: int) -> bytes:
     return bytes(info)
 
 
+def object_id(fd: int) -> int:
+    """The kernel's id of a map or program (struct bpf_map_info and bpf_prog_info begin alike)."""
+    return int(struct.unpack_from("=II", _object_info(fd, 8))[1])
+
+
 def _program(fd: int, name: str) -> Program:
     info = _object_info(fd, 232)
     program_type, program_id, tag = struct.unpack_from("=II8s", info)
@@ -233,6 +248,20 @@ class BpfMap:
             call(_MAP_UPDATE, self._element)
         except OSError as error:
             self._explain(error)
+
+    def add(self, key: bytes, value: bytes) -> bool:
+        """Inserts one element and replaces none; whether it is new. Raises BpfError if the map is full."""
+        self._set_key(key)
+        if len(value) != self.value_size:
+            raise ValueError(f"{self.name}: value of {len(value)} bytes, not {self.value_size}")
+        self._value[: len(value)] = value
+        try:
+            call(_MAP_UPDATE, packed("I4xQQQ", self.fd, address(self._key), address(self._value), _NOEXIST))
+        except OSError as error:
+            if error.errno == errno.EEXIST:
+                return False
+            self._explain(error)
+        return True
 
     def update_many(self, pairs: Iterable[tuple[bytes, bytes]]) -> None:
         """Inserts or replaces many, in few system calls where the kernel can (5.6; LPM tries later)."""
@@ -385,7 +414,18 @@ def ensure_bpffs(path: Path) -> bool:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise BpfError(f"{path} cannot be made ({error.strerror}); as root run: mkdir -p {path}") from None
+    _check_owner(path)
     return mounted
+
+
+def _check_owner(path: Path) -> None:
+    """BpfError if others could have pinned what is below `path`: a bpffs is writable for all unless its mount says no,
+    and so anybody may have made our directory first."""
+    try:
+        with trusted_files.directory(path):
+            pass
+    except trusted_files.UntrustedError as error:
+        raise BpfError(f"{error}, or name another --bpffs") from None
 
 
 def _on_bpffs(path: Path) -> bool:
@@ -426,7 +466,12 @@ def load(bpffs: Path, *, loader: Loader = Loader.LIBBPF, inputs: list[Path] | No
     inputs = inputs or build_inputs(loader)
     generation = bpffs / f"generation-{_digest(loader, inputs)}"
     if (generation / "report").exists():
-        return read_report(generation)
+        try:
+            report = read_report(generation)
+            with KernelState(report):
+                return report
+        except (ForeignPinError, OSError, ValueError, TypeError, KeyError) as error:
+            log.warning("the BPF pins at %s are not adopted, and loaded anew: %s", generation, error)
     _remove_generation(generation)  # half of one: a loader, or its removal, was killed
     try:
         _run_loader(loader, generation, inputs)
@@ -490,7 +535,7 @@ def raise_memlock() -> None:
 
 
 def _digest(loader: Loader, inputs: list[Path]) -> str:
-    digest = hashlib.sha256(f"{loader.value}\n{kernel_abi.render_shared_header()}".encode())
+    digest = hashlib.sha256(f"{loader.value}\n{_REPORT_FIELDS}\n{kernel_abi.render_shared_header()}".encode())
     headers = sorted(inputs[0].parent.glob("*.h")) if loader is Loader.BCC else []
     for path in inputs + headers:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -503,6 +548,7 @@ def _run_loader(loader: Loader, into: Path, inputs: list[Path]) -> None:
         child = subprocess.run(
             command,
             cwd=Path(__file__).parent.parent,
+            env=LOADER_ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -553,6 +599,8 @@ def remove(bpffs: Path, cgroup: Path | None) -> list[Path]:
     tc filters hold programs of their own: they stay until they are deleted.
     """
     removed = []
+    if bpffs.is_dir():
+        _check_owner(bpffs)
     if cgroup is not None and any(bpffs.glob(f"generation-*/programs/{_STAMP}*")):
         _remove_stamps(cgroup)
     for directory in bpffs / "links", bpffs / "attached":
@@ -589,8 +637,15 @@ def _remove_tree(top: Path) -> list[Path]:
 
 
 # --- what is loaded --------------------------------------------------------------------------------------------------
+class ForeignPinError(BpfError):
+    """A pin is not what was pinned there when its generation was loaded."""
+
+
 class KernelState:
-    """Maps and programs of one generation, by name. Closing it ends nothing in the kernel."""
+    """Maps and programs of one generation, by name. Closing it ends nothing in the kernel.
+
+    ForeignPinError if something else stands in for one of them, or one is missing.
+    """
 
     def __init__(self, report: LoadReport) -> None:
         self.report = report
@@ -602,6 +657,11 @@ class KernelState:
                 self.maps[path.name] = BpfMap(self._open(path), path.name)
             for path in sorted((report.generation / "programs").iterdir()):
                 self.programs[path.name] = _program(self._open(path), path.name)
+            found = {f"maps/{name}": each.id for name, each in self.maps.items()}
+            found |= {f"programs/{name}": each.id for name, each in self.programs.items()}
+            # The kernel never gives an id twice before it has given four billion others.
+            if wrong := sorted(name for name, _ in found.items() ^ report.ids.items()):
+                raise ForeignPinError(f"{', '.join(dict.fromkeys(wrong))} below {report.generation} was replaced")
         except BaseException:
             self.close()
             raise

@@ -16,6 +16,7 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import signal
 import sys
 import sysconfig
@@ -29,7 +30,8 @@ from . import bpf, ladder
 
 _PR_SET_PDEATHSIG = 1
 _LOG_BYTES = 0xFFFFFF  # the most that kernels before 5.8 accept: UINT_MAX >> 8, kernel/bpf/verifier.c
-_VARIANT_SUFFIX = "_pidns"  # needs bpf_get_ns_current_pid_tgid, which these program types have since 6.10
+# What needs bpf_get_ns_current_pid_tgid in cgroup hooks, since 6.10, and bpf_get_netns_cookie in tc, since 6.15.
+_VARIANT = re.compile(r"_(?:pidns|netns)$")
 
 
 class RefusedError(Exception):
@@ -191,7 +193,7 @@ class BccUnit:
 
     def load(self, symbol: str) -> int:
         """See Unit."""
-        program_type, attach_type = _kind(symbol.removesuffix(_VARIANT_SUFFIX))
+        program_type, attach_type = _kind(_VARIANT.sub("", symbol))
         instructions = bytearray(self._module.dump_func(symbol.encode()))
         licence = bytearray(self._libbcc.bpf_module_license(self._module.module) + b"\0")
         log = mmap.mmap(-1, _LOG_BYTES)
@@ -218,6 +220,7 @@ def _kind(name: str) -> tuple[bpf.ProgramType, int]:
     types = {
         bpf.CgroupHook.SOCK_CREATE: bpf.ProgramType.CGROUP_SOCK,
         bpf.CgroupHook.SOCK_OPS: bpf.ProgramType.SOCK_OPS,
+        bpf.CgroupHook.SETSOCKOPT: bpf.ProgramType.CGROUP_SOCKOPT,
     }
     # Before 4.17 the kernel knows no expected attach type, and of sock_ops it wants none.
     return types.get(hook, bpf.ProgramType.CGROUP_SOCK_ADDR), 0 if hook is bpf.CgroupHook.SOCK_OPS else hook
@@ -257,15 +260,17 @@ def load_and_pin(loader: bpf.Loader, into: Path, inputs: list[Path]) -> None:
     legacy = not bpf.has_ring_buffer()
     clock = time.CLOCK_MONOTONIC if legacy else time.CLOCK_BOOTTIME
     unit: Unit = BccUnit(inputs[0], legacy) if loader is bpf.Loader.BCC else LibbpfUnit(inputs[legacy])
+    ids: dict[str, int] = {}
     for name, fd in unit.maps.items():
         bpf.pin(fd, into / "maps" / name)
+        ids[f"maps/{name}"] = bpf.object_id(fd)
     programs: dict[str, str] = {}
     refused: dict[str, str] = {}
     # A variant before the plain program, which is not needed where the variant loads; last what replaces the connect
     # hooks where they do not.
     last = ladder.STAMPS | {"sock_ops"}
-    for symbol in sorted(unit.symbols, key=lambda symbol: (symbol in last, not symbol.endswith(_VARIANT_SUFFIX))):
-        name = symbol.removesuffix(_VARIANT_SUFFIX)
+    for symbol in sorted(unit.symbols, key=lambda symbol: (symbol in last, not _VARIANT.search(symbol))):
+        name = _VARIANT.sub("", symbol)
         if name in programs or (name in last and programs.keys() >= ladder.CONNECT_HOOKS):
             continue
         try:
@@ -274,6 +279,7 @@ def load_and_pin(loader: bpf.Loader, into: Path, inputs: list[Path]) -> None:
             refused[symbol] = str(refusal)
             continue
         bpf.pin(fd, into / "programs" / name)
+        ids[f"programs/{name}"] = bpf.object_id(fd)
         os.close(fd)
         programs[name] = symbol
     facts = {
@@ -281,6 +287,7 @@ def load_and_pin(loader: bpf.Loader, into: Path, inputs: list[Path]) -> None:
         "clock": clock,
         "programs": programs,
         "refused": refused,
+        "ids": ids,
         "seconds": round(time.monotonic() - started, 3),
         "peak_kib": _peak_kib(),
     }

@@ -1,40 +1,28 @@
 """The command line: one table of subcommands; the only module that prints.
 
 Exit codes: 0 yes or ok, 1 refused or no, 2 bad input, 3 not running.
+
+What only some commands need is imported by them: the daemon's libraries take three quarters of the start of a program
+that merely asks a running one.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import faulthandler
 import json
 import logging
 import os
+import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from enforcer import (
-    __version__,
-    advice,
-    audit_record,
-    auditing,
-    baseline,
-    bpf,
-    completion,
-    control,
-    daemon,
-    doctor,
-    enforcement,
-    metrics,
-    policy,
-    procfs,
-)
+from enforcer import __version__, completion, control, kernel_abi, policy, trusted_files
 
 EXIT_OK = 0
 EXIT_NO = 1
@@ -45,8 +33,10 @@ DEFAULT_POLICY = Path("/etc/registry-enforcer/policy.toml")
 DEFAULT_RUN_DIR = Path("/run/registry-enforcer")
 DEFAULT_STATE_DIR = Path("/var/lib/registry-enforcer")
 DEFAULT_METRICS = "127.0.0.1:9742"
+LOADERS = ("libbpf", "bcc")  # the values of bpf.Loader
 FOLLOW_SECONDS = 0.5
 RELOAD_DEADLINE_SECONDS = 60.0  # ten thousand names take two
+DESCRIPTORS = 4_096
 
 
 class UsageError(Exception):
@@ -69,7 +59,7 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--bpffs", type=Path, metavar="DIR", help=f"where BPF state is pinned; default {daemon.DEFAULT_BPFFS}"
+        "--bpffs", type=Path, metavar="DIR", help=f"where BPF state is pinned; default {kernel_abi.BPFFS}"
     )
     parser.add_argument("--cgroup", type=Path, metavar="DIR", help="whose sockets are judged; default: all")
 
@@ -88,7 +78,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     _add_places(parser)
     parser.add_argument("--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR")
     parser.add_argument("--metrics", type=_metrics_address, default=DEFAULT_METRICS, metavar="ADDRESS:PORT")
-    parser.add_argument("--loader", choices=[loader.value for loader in bpf.Loader], default="libbpf")
+    parser.add_argument("--loader", choices=LOADERS, default="libbpf")
 
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +94,7 @@ def _log_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_policy(parser)
     _add_places(parser)
     _add_json(parser)
 
@@ -128,38 +119,84 @@ def _complain(text: str) -> None:
     print(f"registry-enforcer: {text}", file=sys.stderr)
 
 
+def _await_random_numbers() -> None:
+    """Says what is waited for where the kernel has none yet: libraries ask for some while they are imported."""
+    try:
+        os.getrandom(1, os.GRND_NONBLOCK)
+    except BlockingIOError:
+        _complain(
+            "waiting for the kernel's first random numbers; if it never has any, as on a virtual machine without "
+            "virtio-rng, give it a source"
+        )
+        os.getrandom(1)
+
+
 # --- commands --------------------------------------------------------------------------------------------------------
-def _read_policy(path: Path | None) -> policy.Policy:
-    """The policy of `path`; without one the default file's, and without that the built-in default."""
+def _read_policy(path: Path | None, *, trusting: bool = False) -> policy.Policy:
+    """The policy of `path`; without one the default file's, and without that the built-in default.
+
+    PolicyError if it is wrong, or if others could have written it, unless `trusting`.
+    """
+    from enforcer import procfs
+
     wsl = procfs.is_wsl()
     if path is None:
-        if not DEFAULT_POLICY.exists():
+        if not (DEFAULT_POLICY.exists() or DEFAULT_POLICY.is_symlink()):
             return policy.default_policy(wsl=wsl)
         path = DEFAULT_POLICY
-    return policy.read_policy(path, wsl=wsl)
+    return policy.read_policy(path, wsl=wsl, trusting=trusting)
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    checked = _read_policy(arguments.file)
+    from enforcer import advice, enforcement
+
+    # A file that is named may be in somebody's checkout, on its way to a host; the default one is in force here.
+    checked = _read_policy(arguments.file, trusting=arguments.file is not None)
     enforcement.open_authority(checked)  # a PolicyError if its files are no CA
     facts = enforcement.policy_facts(checked)
     if arguments.json:
         _print_json(facts)
     else:
         print(
-            f"{checked.source}: ok: {facts['registries']} registries and {facts['destinations']} other destinations, "
-            f"{facts['names']} names, mode {facts['mode']}"
+            f"{checked.source}: ok: {facts['registries']} registries, {facts['destinations']} other destinations and "
+            f"{facts['proxies']} proxies, {facts['names']} names, mode {facts['mode']}"
         )
-        for warning in advice.warnings(checked):
+        for warning in (*advice.warnings(checked), *_refused_here(arguments.file)):
             print(f"{checked.source}: note: {warning}")
     return EXIT_OK
+
+
+def _refused_here(path: Path | None) -> Iterator[str]:
+    """Why root may not enforce by a file, however right its words are."""
+    if path is None or os.geteuid() != 0:
+        return
+    try:
+        trusted_files.read(path, 0)
+    except trusted_files.UntrustedError as error:
+        yield f"run and reload refuse this file: {error}"
+    except OSError as error:  # a pipe, which has no name there
+        yield f"run and reload cannot read this file: {error.strerror}"
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise UsageError("run changes the kernel's rules and needs root; start it with sudo")
+    _await_random_numbers()
+    import asyncio
+
+    from enforcer import bpf, daemon, enforcement
+
+    os.umask(0o027)  # whatever root's shell has: what is made here is never others' to write
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # More than all bounds on clients add up to, so that no crowd of them takes what the daemon itself needs.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, DESCRIPTORS)), hard))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    faulthandler.enable()  # a watchdog ends a daemon that hangs by SIGABRT: then the log says where it hung
+    faulthandler.enable(2)  # a watchdog ends a daemon that hangs by SIGABRT: then the log says where it hung
+    try:
+        with trusted_files.directory(Path(__file__).parent):
+            pass
+    except trusted_files.UntrustedError as error:
+        logging.getLogger("registry-enforcer").warning("whoever may change this program enforces: %s", error)
     started = time.monotonic()
 
     def announce(enforced: policy.Policy, details: str) -> None:
@@ -169,7 +206,7 @@ def _run(arguments: argparse.Namespace) -> int:
     options = enforcement.Options(
         run_dir=arguments.run_dir,
         state_dir=arguments.state_dir,
-        bpffs=arguments.bpffs or daemon.DEFAULT_BPFFS,
+        bpffs=arguments.bpffs or Path(kernel_abi.BPFFS),
         cgroup=arguments.cgroup,
         metrics=arguments.metrics,
         loader=bpf.Loader(arguments.loader),
@@ -181,6 +218,9 @@ def _run(arguments: argparse.Namespace) -> int:
 def _baseline(arguments: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise UsageError("baseline changes the kernel's rules and needs root; start it with sudo")
+    _await_random_numbers()
+    from enforcer import baseline
+
     try:
         print(baseline.lay(arguments.run_dir, lambda: _read_policy(arguments.policy)))
     except policy.PolicyError:
@@ -205,8 +245,14 @@ def _status(arguments: argparse.Namespace) -> int:
         return EXIT_OK
     facts = status["policy"]
     print(f"{status['state']}: mode {facts['mode']}, policy {facts['source']} ({facts['digest'][:12]})")
-    print(f"  {facts['registries']} registries, {facts['destinations']} other destinations, {facts['names']} names")
+    print(
+        f"  {facts['registries']} registries, {facts['destinations']} other destinations, {facts['proxies']} proxies, "
+        f"{facts['names']} names"
+    )
+    print(f"  scopes: {', '.join(f'{scope} {level}' for scope, level in facts['scope'].items())}")
     print(f"resolvers: {', '.join(status['resolvers']) or 'none: nothing can be learned'}")
+    if status["metrics"] and status["metrics"]["problem"]:
+        print(f"metrics are not served: {status['metrics']['problem']}")
     answers = status["responder"]["answers"] if status["responder"] else []
     print(f"told why they are refused: {' and '.join(answers) or 'no'} clients")
     for interface in status["interfaces"]:
@@ -222,6 +268,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
+    from enforcer import advice
+
     try:
         subject, _ = advice.parse_subject(arguments.subject)
     except ValueError as error:
@@ -232,7 +280,9 @@ def _explain(arguments: argparse.Namespace) -> int:
         # A name is judged by the policy alone; what an address was learned for only the daemon knows.
         if not isinstance(subject, str):
             raise
-        explanation = enforcement.explain_by_policy(_read_policy(arguments.policy), arguments.subject)
+        from enforcer import enforcement
+
+        explanation = enforcement.explain_by_policy(_read_policy(arguments.policy, trusting=True), arguments.subject)
         _complain("no daemon is running; this is what the policy file says")
     if arguments.json:
         _print_json(explanation)
@@ -240,12 +290,17 @@ def _explain(arguments: argparse.Namespace) -> int:
         print(explanation["sentence"])
         for step in explanation["next_steps"]:
             print(f"  {step}")
-        for record in explanation.get("last_refusals", []):
-            print(audit_record.as_sentence(record))
+        if refusals := explanation.get("last_refusals"):
+            from enforcer import audit_record
+
+            for record in refusals:
+                print(audit_record.as_sentence(record))
     return EXIT_OK if explanation["allowed"] else EXIT_NO
 
 
 def _log(arguments: argparse.Namespace) -> int:
+    from enforcer import audit_record
+
     request = {"command": "log", "after": 0, "limit": arguments.number}
     with contextlib.suppress(KeyboardInterrupt):
         while True:
@@ -258,13 +313,17 @@ def _log(arguments: argparse.Namespace) -> int:
                 print(line, flush=True)
             if not arguments.follow:
                 break
-            request |= {"after": reply["last"], "limit": auditing.RECORDS_A_REPLY}
+            request |= {"after": reply["last"], "limit": audit_record.RECORDS_A_REPLY}
             time.sleep(FOLLOW_SECONDS)
     return EXIT_OK
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    findings = doctor.examine(arguments.bpffs or daemon.DEFAULT_BPFFS, arguments.cgroup)
+    _await_random_numbers()
+    from enforcer import doctor
+
+    marks = _read_policy(arguments.policy, trusting=True).marks
+    findings = doctor.examine(arguments.bpffs or Path(kernel_abi.BPFFS), arguments.cgroup, marks)
     if arguments.json:
         _print_json({"findings": [finding.as_json() for finding in findings]})
     else:
@@ -280,6 +339,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _remove(arguments: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise UsageError("remove changes the kernel's rules and needs root; start it with sudo")
+    _await_random_numbers()
+    from enforcer import daemon
+
     removed = daemon.remove(arguments.run_dir, arguments.bpffs, arguments.cgroup)
     if arguments.json:
         _print_json({"removed": removed})
@@ -338,7 +400,7 @@ Then add to the policy, and reload it:
 
 
 def _ca(arguments: argparse.Namespace) -> int:
-    from enforcer import authority  # noqa: PLC0415 - its library is slow to load, and no other command needs it
+    from enforcer import authority
 
     constrained = _read_policy(arguments.policy)
     try:
@@ -496,8 +558,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _open_standard_streams() -> None:
+    """What is opened next would be standard output where that is closed, and audit lines would be written into it."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), descriptor)
+            setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the value is the exit code."""
+    _open_standard_streams()
     arguments = _parser().parse_args(argv)
     try:
         status = int(arguments.main(arguments))
@@ -506,9 +579,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except policy.PolicyError as error:
         # FILE:LINE: first, as compilers do, so that editors can jump there.
         print(error, file=sys.stderr)
-    except (UsageError, metrics.MetricsError, control.AlreadyRunningError, control.RequestError) as error:
-        _complain(str(error))
-    except (daemon.UnsupportedHostError, bpf.BpfError) as error:
+    except (
+        UsageError,
+        control.AlreadyRunningError,
+        control.RunDirectoryError,
+        control.RequestError,
+    ) as error:
         _complain(str(error))
     except control.NotRunningError as error:
         _complain(f"{error}; start it with: registry-enforcer run")
@@ -516,7 +592,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except _refusals_to_start() as error:
+        _complain(str(error))
     return EXIT_BAD_INPUT
+
+
+def _refusals_to_start() -> tuple[type[Exception], ...]:
+    """What commands raise that the kernel or the host hinders; Python asks only when something was raised."""
+    from enforcer import bpf, daemon, metrics
+
+    return daemon.UnsupportedHostError, bpf.BpfError, metrics.MetricsError
 
 
 if __name__ == "__main__":

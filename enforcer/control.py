@@ -1,7 +1,8 @@
 """The control socket: how `status` and `explain` ask the running daemon; and that there is one daemon only.
 
-One JSON object in, one out, each on a line of at most MAX_REQUEST_BYTES, then the connection ends. The socket lies in
-the run directory, which only root may enter; its mode says so again.
+One JSON object in, one out, each on a line, of at most MAX_REQUEST_BYTES in, then the connection ends. Root alone asks:
+the answers name what each user tried. The run directory says so, the socket's mode says so, and who has got past both
+(an inherited directory, a chmod that was meant well) is asked for its credentials and told so.
 
 A lock file keeps a run directory for one daemon, a name among the abstract sockets keeps a network namespace for one:
 WSL 2's distributions have a /run each and share one network, so no file would tell the second of the first.
@@ -22,8 +23,11 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from enforcer import trusted_files
+
 MAX_REQUEST_BYTES = 65_536
 REQUEST_DEADLINE_SECONDS = 5.0
+MAX_ASKERS = 32  # at a time; the next ones are told so at once
 SOCKET_NAME = "control.sock"
 LOCK_NAME = "lock"
 # An abstract name (unix(7)) belongs to the network namespace, is seen from all its mount and pid namespaces, and ends
@@ -43,6 +47,10 @@ class NotRunningError(Exception):
     """No daemon serves this run directory."""
 
 
+class RunDirectoryError(Exception):
+    """The run directory cannot be used; the message says why, and what to do."""
+
+
 class AlreadyRunningError(Exception):
     """Another daemon holds this run directory or network namespace; the message says which, and what to do."""
 
@@ -55,10 +63,18 @@ class RequestError(Exception):
 def hold(run_dir: Path) -> Iterator[None]:
     """Be the only daemon of `run_dir` (made if missing, mode 0700) and of this network namespace.
 
-    AlreadyRunningError if there is another one.
+    AlreadyRunningError if there is another one, RunDirectoryError if others could write there.
     """
-    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(run_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        with trusted_files.directory(run_dir, make=True) as parent:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(LOCK_NAME, flags, 0o600, dir_fd=parent)
+    except trusted_files.UntrustedError as error:
+        raise RunDirectoryError(f"--run-dir {run_dir}: {error}") from None
+    except OSError as error:
+        raise RunDirectoryError(
+            f"--run-dir {run_dir} cannot be used: {error.strerror}; name a directory that root can make"
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,23 +150,40 @@ def _held_by(pid: int) -> str:
 
 @contextlib.asynccontextmanager
 async def serve(run_dir: Path, handler: Handler) -> AsyncIterator[None]:
-    """Answer requests with `handler`, whose ValueError becomes an error for the asker, until the context ends."""
+    """Answer requests with `handler`, whose ValueError becomes an error for the asker, until the context ends.
+
+    RunDirectoryError if there is no place for the socket.
+    """
     path = run_dir / SOCKET_NAME
-    path.unlink(missing_ok=True)  # a killed daemon's; the lock says that it is nobody's now
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
-    path.chmod(0o600)
+    try:
+        path.unlink(missing_ok=True)  # a killed daemon's; the lock says that it is nobody's now
+        listener.bind(str(path))
+        path.chmod(0o600)
+    except OSError as error:
+        listener.close()
+        why = error.strerror or str(error)  # a path too long for a socket has no number
+        raise RunDirectoryError(
+            f"{path} cannot be made: {why}; remove what is there, or name another --run-dir"
+        ) from None
+    asking = 0
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # Whatever the asker does wrong is its own fault: it is told, and nobody else notices.
+        nonlocal asking
+        asking += 1
+        writer.transport.set_write_buffer_limits(high=0)  # drained is: with the kernel, and may be closed
         reply: Answer
         try:
             try:
+                if asking > MAX_ASKERS:
+                    raise ValueError(f"{MAX_ASKERS} others are asking; ask again in a moment")
+                if (uid := _peer_uid(writer)) not in (0, os.geteuid()):
+                    raise ValueError(f"user {uid} may not ask; run this as root")
                 async with asyncio.timeout(REQUEST_DEADLINE_SECONDS):
                     line = await reader.readuntil(b"\n")
-                message = json.loads(line)
-                reply = handler(message) if isinstance(message, dict) else {"error": "a request is a JSON object"}
-            except (ValueError, RecursionError, asyncio.LimitOverrunError, asyncio.IncompleteReadError) as error:
+                reply = handler(parse_request(line))
+            except (ValueError, asyncio.LimitOverrunError, asyncio.IncompleteReadError) as error:
                 reply = {"error": str(error)}
             # A deadline of its own: the handler may have taken longer, as a reload of many names does.
             async with asyncio.timeout(REQUEST_DEADLINE_SECONDS):
@@ -159,7 +192,8 @@ async def serve(run_dir: Path, handler: Handler) -> AsyncIterator[None]:
         except (TimeoutError, ConnectionError):
             pass
         finally:
-            writer.close()
+            asking -= 1
+            writer.transport.abort()
 
     server = await asyncio.start_unix_server(answer, sock=listener, limit=MAX_REQUEST_BYTES)
     try:
@@ -169,13 +203,35 @@ async def serve(run_dir: Path, handler: Handler) -> AsyncIterator[None]:
         path.unlink(missing_ok=True)
 
 
+def parse_request(line: bytes) -> Mapping[str, Any]:
+    """The JSON object of one line; ValueError, and nothing else, if it is none."""
+    try:
+        message = json.loads(line)
+    except RecursionError:
+        raise ValueError("lists nested without end") from None
+    if not isinstance(message, dict):
+        raise ValueError("a request is a JSON object")
+    return message
+
+
+def _peer_uid(writer: asyncio.StreamWriter) -> int:
+    peer = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    _, uid, _ = _UCRED.unpack(peer)
+    return int(uid)
+
+
 def request(run_dir: Path, message: Mapping[str, Any], deadline_seconds: float = REQUEST_DEADLINE_SECONDS) -> Answer:
     """Ask the daemon of `run_dir`; NotRunningError if there is none, RequestError if it refuses."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(deadline_seconds)
         try:
             client.connect(str(run_dir / SOCKET_NAME))
-            client.sendall(json.dumps(message).encode() + b"\n")
+            # What answers is shown to whoever asks, often root, as the truth about this host.
+            _, uid, _ = _UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            if uid not in (0, os.geteuid()):
+                raise RequestError(f"{run_dir / SOCKET_NAME} is served by user {uid} and not by root: not believed")
+            with contextlib.suppress(BrokenPipeError):  # answered already, with why it is not read
+                client.sendall(json.dumps(message).encode() + b"\n")
             with client.makefile("rb") as stream:
                 line = stream.readline()
         except (FileNotFoundError, ConnectionError) as error:

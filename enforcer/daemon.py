@@ -18,6 +18,7 @@ from typing import Any
 from enforcer import (
     bpf,
     control,
+    kernel_abi,
     ladder,
     metrics,
     netlink,
@@ -28,15 +29,15 @@ from enforcer import (
     procfs,
     responder,
     ruleset,
+    trusted_files,
 )
 from enforcer.audit import AuditLog
-from enforcer.enforcement import Enforcement, Options, ReadPolicy, open_authority
+from enforcer.enforcement import Enforcement, Options, ReadPolicy, keep_marks, open_authority
 from enforcer.policy import Policy
 from enforcer.without_bpf import MemoryState
 
 log = logging.getLogger("registry-enforcer")
 
-DEFAULT_BPFFS = Path("/sys/fs/bpf/registry-enforcer")
 HOUSEKEEPING_SECONDS = 1.0
 SAVE_SECONDS = 60.0
 
@@ -63,6 +64,8 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
         stack.enter_context(control.hold(options.run_dir))
         firewall = stack.enter_context(nft.Nft())
         features = probe(firewall)
+        if firewall.present() and (in_force := firewall.marks()) is not None:
+            keep_marks(in_force, policy)
         cgroup = options.cgroup or procfs.cgroup_root()
         kernel = _open_kernel(options)
         stack.callback(kernel.close)
@@ -92,7 +95,8 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
                 enforcement.answer_refused(stack.enter_context(answering))
             except OSError as error:
                 log.warning("refused connections are reset, without a word: %s", error.strerror)
-        stack.enter_context(metrics.serve(enforcement.metrics, *options.metrics))
+        served = stack.enter_context(metrics.Server(enforcement.metrics, *options.metrics))
+        enforcement.metrics_server = served
         _remember_instance(options, cgroup)
 
         ended: asyncio.Future[None] = loop.create_future()
@@ -102,6 +106,10 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             reader = stack.enter_context(bpf.EventReader(kernel.maps["events"]))
             loop.add_reader(reader.fileno(), enforcement.take_events, reader)
             stack.callback(loop.remove_reader, reader.fileno())
+            if enforcement.guard is not None:
+                endings = stack.enter_context(bpf.EventReader(kernel.maps["endings"]))
+                loop.add_reader(endings.fileno(), enforcement.guard.take, endings)
+                stack.callback(loop.remove_reader, endings.fileno())
         else:
             enforcement.listen(_open_ears(stack, enforcement, kernel))
         if cgroup is not None:
@@ -126,13 +134,14 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
 
         loop.add_signal_handler(signal.SIGHUP, reload)
         async with control.serve(options.run_dir, answer):
-            announce(policy, f"metrics at http://{options.metrics[0]}:{options.metrics[1]}/metrics")
+            announce(policy, f"no metrics: {served.problem}" if served.problem else f"metrics at {served.url}")
             systemd.ready(_in_force(policy))
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(enforcement.keep_asking()),
                     group.create_task(enforcement.follow_links()),
                     group.create_task(enforcement.auditor.run()),
+                    group.create_task(served.run()),
                     group.create_task(_every(HOUSEKEEPING_SECONDS, enforcement.housekeeping)),
                     group.create_task(_every(SAVE_SECONDS, enforcement.save)),
                 ]
@@ -205,7 +214,7 @@ def _hear_refusals(
     if ladder.Feature.AUDIT not in capabilities.features:
         return None
     try:
-        return stack.enter_context(nflog.RefusalReader(enforcement.auditor.refused_packets))
+        return stack.enter_context(nflog.RefusalReader(enforcement.auditor.refused_packets, enforcement.policy.marks))
     except nflog.NflogError as error:
         log.warning("refused packets are counted and not audited: %s", error)
         return None
@@ -235,12 +244,28 @@ async def _every(seconds: float, action: Callable[[], None]) -> None:
 
 # --- remove ----------------------------------------------------------------------------------------------------------
 INSTANCE_NAME = "instance.json"
+MAX_INSTANCE_BYTES = 16_384
 
 
 def _remember_instance(options: Options, cgroup: Path | None) -> None:
     """Note where this instance keeps its state in the kernel, for `remove`."""
     places = {"bpffs": str(options.bpffs), "cgroup": None if cgroup is None else str(cgroup)}
-    (options.run_dir / INSTANCE_NAME).write_text(json.dumps(places))
+    trusted_files.replace(options.run_dir / INSTANCE_NAME, (json.dumps(places).encode(),))
+
+
+def parse_instance(text: bytes) -> tuple[Path | None, Path | None]:
+    """(bpffs, cgroup) of what `_remember_instance` wrote; nothing of what else it may be: `remove` deletes there."""
+    try:
+        places = json.loads(text)
+    except (ValueError, RecursionError):
+        return None, None
+    if not isinstance(places, dict):
+        return None, None
+    bpffs, cgroup = (
+        Path(place) if isinstance(place, str) and place.startswith("/") and "\0" not in place else None
+        for place in (places.get("bpffs"), places.get("cgroup"))
+    )
+    return bpffs, cgroup
 
 
 def remove(run_dir: Path, bpffs: Path | None, cgroup: Path | None) -> list[str]:
@@ -248,18 +273,20 @@ def remove(run_dir: Path, bpffs: Path | None, cgroup: Path | None) -> list[str]:
 
     AlreadyRunningError while its daemon runs, which would only put everything back.
     """
-    try:
-        places = json.loads((run_dir / INSTANCE_NAME).read_text())
-    except (FileNotFoundError, ValueError):
-        places = {}
-    bpffs = bpffs or Path(places.get("bpffs") or DEFAULT_BPFFS)
-    if cgroup is None:
-        cgroup = Path(places["cgroup"]) if places.get("cgroup") else procfs.cgroup_root()
     removed = []
     with control.hold(run_dir), nft.Nft() as firewall, netlink.Netlink() as links:
+        noted_bpffs = noted_cgroup = None
+        try:
+            noted_bpffs, noted_cgroup = parse_instance(trusted_files.read(run_dir / INSTANCE_NAME, MAX_INSTANCE_BYTES))
+        except FileNotFoundError:
+            pass
+        except trusted_files.UntrustedError as error:
+            raise control.RunDirectoryError(str(error)) from None
+        bpffs = bpffs or noted_bpffs or Path(kernel_abi.BPFFS)
+        cgroup = cgroup or noted_cgroup or procfs.cgroup_root()
         # The table goes last: while anything is left, what has no permission is refused.
         for interface in links.interfaces():
-            if links.attached(interface.index):
+            if links.attached(interface.index) or links.guarded(interface.index):
                 links.detach(interface.index)
                 removed.append(f"tc filters of {interface.name}")
         pins = bpf.remove(bpffs, cgroup)

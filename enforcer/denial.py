@@ -212,7 +212,7 @@ def _server_name(hello: _Cursor) -> str | None:
                 is_host = names.number(1) == _HOST_NAME
                 name = names.vector(2)
                 if is_host:
-                    return _host_name(name)
+                    return host_name(name)
     return None
 
 
@@ -239,7 +239,7 @@ def _read_head(data: bytes) -> HttpRequest | Undecided:
     else:
         hosts = [value for name, value in values if name == b"host"]
         authority = hosts[0] if len(hosts) == 1 else b""
-    host = _host_name(_PORT.sub(b"", authority))
+    host = host_name(_PORT.sub(b"", authority))
     return HttpRequest(
         method.decode(),
         host,
@@ -249,7 +249,8 @@ def _read_head(data: bytes) -> HttpRequest | Undecided:
     )
 
 
-def _host_name(wire: bytes) -> str | None:
+def host_name(wire: bytes) -> str | None:
+    """The name that a client asked for, as policies write it; None for an address, or for what no host is called."""
     if not _HOST.fullmatch(wire):
         return None
     name = wire.decode().lower().removesuffix(".")

@@ -11,16 +11,22 @@ import ctypes
 import enum
 import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from enforcer import bpf, ladder, netlink, nft, procfs, topology
+from enforcer import bpf, ladder, netlink, nft, other_marks, procfs, topology
+from enforcer.kernel_abi import Marks
 from enforcer.ladder import Feature
+from enforcer.other_marks import How, Use
 
 _CLONE_NEWNET = 0x40000000
+_SAVERS = ("iptables-save", "ip6tables-save", "iptables-legacy-save", "ip6tables-legacy-save")
+_SAVE_SECONDS = 10
 
 
 class State(enum.Enum):
@@ -52,8 +58,8 @@ class Finding:
         }
 
 
-def examine(bpffs: Path, cgroup: Path | None) -> list[Finding]:
-    """Everything, in the order in which an operator would mend it."""
+def examine(bpffs: Path, cgroup: Path | None, marks: Marks) -> list[Finding]:
+    """Everything, in the order in which an operator would mend it; `marks` are what the policy says."""
     findings = [Finding("kernel", State.OK, f"Linux {platform.release()} on {platform.machine()}")]
     if (why_not := procfs.unsupported()) is not None:
         return [replace(findings[0], state=State.MISSING, cost=why_not, remedy="boot another kernel")]
@@ -77,6 +83,9 @@ def examine(bpffs: Path, cgroup: Path | None) -> list[Finding]:
         with nft.Nft() as firewall:
             features = firewall.probe()
             present = Feature.BASE in features and firewall.present()
+            listing = firewall.listing()
+            if present and (in_force := firewall.marks()) is not None:
+                marks = in_force
     except (ImportError, OSError, nft.NftError) as error:
         findings.append(
             Finding(
@@ -95,6 +104,7 @@ def examine(bpffs: Path, cgroup: Path | None) -> list[Finding]:
     findings.append(Finding("table", State.OK, "in force" if present else "not there: nothing is enforced now"))
     findings += _sockets(root)
     findings += _network(wsl=wsl)
+    findings += _marks(marks, listing, _saved_rules())
     return findings
 
 
@@ -142,7 +152,7 @@ def _try_programs(bpffs: Path, findings: list[Finding], *, wsl: bool) -> tuple[f
     if takes_filters:
         findings.append(Finding("tc", State.OK, "takes programs at ingress and egress"))
     for symbol, why in report.refused.items():
-        if symbol not in report.programs and symbol.removesuffix("_pidns") not in report.programs:
+        if symbol not in report.programs and symbol.rpartition("_")[0] not in report.programs:
             findings.append(Finding(f"bpf {symbol}", State.NOTE, f"refused: {why}"))
     if wsl and "connect4" in report.programs:
         findings.append(
@@ -237,3 +247,71 @@ def _network(*, wsl: bool) -> Iterator[Finding]:
             )
             continue
         yield Finding(f"interface {entry.interface.name}", State.OK, f"{entry.role.value}: {entry.why}")
+
+
+# --- marks -----------------------------------------------------------------------------------------------------------
+def _saved_rules() -> str:
+    """What iptables of either kind has in force. Asking loads no module: each lists the tables that are there."""
+    saved = ""
+    for program in filter(None, map(shutil.which, _SAVERS)):
+        try:
+            done = subprocess.run(
+                [program], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SAVE_SECONDS, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            continue  # nft lists the rules of the one kind, and /proc/net tells that the other is not there
+        saved += done.stdout
+    return saved
+
+
+def _marks(marks: Marks, listing: str, saved: str) -> Iterator[Finding]:
+    """Who else uses the bits of packet marks that are ours, or whole marks."""
+    with netlink.Netlink() as links:
+        routing = list(other_marks.in_routing(links.mark_rules()))
+    uses = [*other_marks.in_nft(listing, iptables_too=not saved), *other_marks.in_iptables(saved), *routing]
+    neighbours = list(other_marks.neighbours(f"{listing}\n{saved}"))
+    known, seen = 0, 0
+    for neighbour in neighbours:
+        known |= neighbour.bits
+    for use in uses:
+        seen |= use.bits
+    free = other_marks.free_marks(known | seen)
+    move = (
+        "move one of the two: no three bits are left that nobody uses"
+        if free is None
+        else f"write mask = {free.mask:#010x} below [mark] in the policy"
+    )
+    findings = [
+        Finding(
+            f"marks of {neighbour.name}",
+            State.NOTE,
+            f"it may use {neighbour.bits:#010x}, and our mask is {marks.mask:#010x}",
+            "one may take the other's marks for its own",
+            move,
+        )
+        for neighbour in neighbours
+        if neighbour.bits & marks.mask
+    ]
+    findings += (_finding(marks, use, move) for use in dict.fromkeys(uses) if _matters(marks, use))
+    yield from findings or [Finding("marks", State.OK, f"nobody else is seen to use bits of {marks.mask:#010x}")]
+
+
+def _matters(marks: Marks, use: Use) -> bool:
+    return use.how is not How.BITS or bool(use.bits & marks.mask)
+
+
+def _finding(marks: Marks, use: Use, move: str) -> Finding:
+    others = 0xFFFFFFFF ^ marks.mask
+    costs = {
+        How.BITS: (f"they are bits of our mask, {marks.mask:#010x}", move),
+        How.COMPARES: (
+            "it does not match sockets that set this mark by SO_MARK any more, since they carry our bits as well",
+            f"compare it under the mask {others:#010x}",
+        ),
+        How.SETS: (
+            "it takes our bits away: a first connection may be refused before the rules know its address",
+            f"set it under the mask {others:#010x}",
+        ),
+    }
+    cost, remedy = costs[use.how]
+    return Finding("marks", State.NOTE, f"somebody {use.how.value} {use.bits:#010x}: {use.rule}", cost, remedy)

@@ -48,22 +48,35 @@ from enforcer import (
     topology,
 )
 from enforcer.audit import AuditLog
+from enforcer.audit_record import Kind, Report
 from enforcer.bpf import Loader
-from enforcer.denial import Refusal
-from enforcer.kernel_abi import DnsEvent, JudgedPorts, Judging, MarkedScope, Outcome, Protocol, RangeClass
-from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, may_teach, permitted
+from enforcer.denial import Refusal, host_name
+from enforcer.guarding import Guard, judged_ports, listed_map, recognises
+from enforcer.kernel_abi import (
+    DnsEvent,
+    GuardOutcome,
+    Judging,
+    MarkedScope,
+    Marks,
+    Outcome,
+    Protocol,
+    RangeClass,
+    ResolverTrust,
+)
+from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, combined, may_teach, permitted
 from enforcer.overhearing import Overhearing, Packet
 from enforcer.packet_socket import PacketSockets
 from enforcer.policy import (
     Address,
     HostPattern,
-    Level,
     Mode,
     NameIndex,
     Policy,
     PolicyError,
+    Reason,
     Rule,
     RuleKind,
+    Verify,
     name_permissions,
     pattern_id,
 )
@@ -78,7 +91,6 @@ RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFR
 RESOLVE_CONCURRENCY = 16
 RESOLVE_PAUSE_SECONDS = 0.1  # of each of them between two names: spares the resolvers when a policy has thousands
 FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
-SCRAPE_DEADLINE_SECONDS = 5.0
 CGROUP_ATTEMPTS = 5  # at a text that names cgroups
 NANOSECONDS = 1_000_000_000
 
@@ -109,16 +121,18 @@ ReadPolicy = Callable[[], Policy]  # raises PolicyError
 # --- what the commands share -----------------------------------------------------------------------------------------
 def policy_facts(policy: Policy) -> dict[str, Any]:
     """What `check` and `status` say of a policy."""
-    destinations = sum(rule.kind is RuleKind.DESTINATION for rule in policy.rules)
+    kinds = collections.Counter(rule.kind for rule in policy.rules)
     return {
         "source": policy.source,
         "digest": policy.digest,
         "organization": policy.organization,
         "mode": policy.mode.value,
-        "registries": len(policy.rules) - destinations,
-        "destinations": destinations,
+        "registries": kinds[RuleKind.REGISTRY] + kinds[RuleKind.PRESET],
+        "destinations": kinds[RuleKind.DESTINATION],
+        "proxies": kinds[RuleKind.PROXY],
         "names": sum(len(rule.hosts) for rule in policy.rules),
         "ports": list(policy.ports),
+        "mark_mask": f"{policy.marks.mask:#010x}",
         "scope": {
             "containers": policy.scope.containers.value,
             "engines": policy.scope.engines.value,
@@ -154,12 +168,32 @@ def open_authority(policy: Policy) -> Authority | None:
         raise PolicyError(policy.source, policy.refusal.ca.line, error.problem, error.advice) from None
 
 
+def keep_marks(in_force: Marks, policy: Policy) -> None:
+    """PolicyError if `policy` uses other bits of the mark than the kernel does.
+
+    Sockets carry the bits that they were stamped with until they end, and one mask's scope may be another's permission.
+    """
+    if policy.marks != in_force:
+        raise PolicyError(
+            policy.source,
+            policy.mark_line,
+            f"mark.mask is {policy.marks.mask:#010x} and open sockets carry the bits of {in_force.mask:#010x}",
+            f"write mask = {in_force.mask:#010x} below [mark], or stop the daemon, run registry-enforcer remove and "
+            "start it again",
+        )
+
+
 # --- the running daemon ----------------------------------------------------------------------------------------------
 def name_map(policy: Policy) -> dict[bytes, bytes]:
     """What BPF's `names` holds under `policy`."""
     return {
         kernel_abi.pack_name_key(entry.pattern.name, wildcard=entry.pattern.wildcard): kernel_abi.pack_name_rule(
-            pattern_id(entry.pattern), entry.ports, private_addresses=entry.private_addresses
+            pattern_id(entry.pattern),
+            entry.ports,
+            private_addresses=entry.private_addresses,
+            named_ports=entry.named_ports,
+            proxy_ports=entry.proxy_ports,
+            unnamed_ports=entry.address_ports,
         )
         for entry in name_permissions(policy)
     }
@@ -183,11 +217,14 @@ class Enforcement:
         self.options = options
         self.policy = policy
         self.index = NameIndex(policy)
-        self.learned = LearnedAddresses()
+        self._rules = {rule.name: rule for rule in policy.rules}
+        self.learned = LearnedAddresses(last_used=self._last_used)
         self.resolvers: tuple[Address, ...] = ()
+        self._retired: dict[Address, int] = {}  # resolvers until a moment ago -> when their last answers are too late
         self.plan: topology.AttachmentPlan | None = None
         self.ask_again = asyncio.Event()  # set: the policy or the resolvers changed, ask for every exact name now
         self.metrics = metrics.Metrics(self._snapshot_for_scrape)
+        self.metrics_server: metrics.Server | None = None  # None: nobody is to be served
         self.auditor = auditing.Auditor(audit_log, kernel, cgroup, self._known_name)
         self.reports: nflog.RefusalReader | None = None  # None: the kernel reports no refused packets
         self._audit_log = audit_log
@@ -203,6 +240,9 @@ class Enforcement:
             self._permissions,
             lambda entry: self.learned.holds(entry),  # noqa: PLW0108 - a reload replaces `learned`
         )
+        self.guard: Guard | None = None  # None: this kernel has no place for it
+        if capabilities.guards and isinstance(kernel, bpf.KernelState):
+            self.guard = Guard(kernel, links, self._ended)
         self._ears: PacketSockets | None = None  # None: BPF reads the answers
         self._cgroups: dict[str, MarkedScope] = {}  # paths with a scope of their own
         self._table_present = firewall.present()  # an earlier daemon's
@@ -241,6 +281,8 @@ class Enforcement:
         # Held now, brought to the table below: an earlier daemon's has nearly all of it.
         self._adopt_learned()
         self._adopt_saved()
+        if self._ears is None:
+            self._vouch(self._longest())  # a new build's maps, or those of before a reboot, know nothing
         self._attach_hooks()
         first_pass = asyncio.create_task(self.ask_for_names())
         done, _ = await asyncio.wait([first_pass], timeout=FIRST_RESOLVE_SECONDS)
@@ -256,6 +298,8 @@ class Enforcement:
         self._remember_revoked(difference)
         self._write_judge(self.policy)
         self._table_present = self._ruleset_applied = True
+        if self.guard is not None:
+            self.guard.begin()
         self._redirects_lost = self._count_redirects_lost()
 
     def _attach_hooks(self) -> None:
@@ -271,30 +315,16 @@ class Enforcement:
             bpf.stamp_cgroup(self._kernel.programs["stamp_host"], self._cgroup)
 
     def _write_judge(self, policy: Policy) -> None:
-        """What BPF judges by, where it does."""
-        if not self._capabilities.counts_in_bpf:
-            return
+        """What BPF judges by."""
         maps = self._kernel.maps
-        levels = {
-            MarkedScope.UNSTAMPED: policy.scope.strictest,
-            MarkedScope.HOST: policy.scope.host,
-            MarkedScope.ENGINE: policy.scope.engines,
-            MarkedScope.CONTAINER: policy.scope.containers,
-        }
-        for scope, level in levels.items():
-            judged = JudgedPorts.NONE
-            if level is Level.STRICT:
-                judged = JudgedPorts.EVERY if scope is MarkedScope.ENGINE else JudgedPorts.REGISTRY
-            maps["levels"].update(_u32(scope >> kernel_abi.SCOPE_SHIFT), _u32(judged))
-        maps["registry_ports"].replace_all({_u32(port): b"\1" for port in policy.ports})
-        maps["listed"].replace_all(
-            {
-                kernel_abi.pack_listed_key(network.network_address, network.prefixlen, port): b"\1"
-                for rule in policy.rules
-                for network in rule.addresses
-                for port in rule.ports
-            }
-        )
+        for scope, judged in judged_ports(policy).items():
+            maps["levels"].update(_u32(scope), _u32(judged))
+        if self._capabilities.counts_in_bpf or self.guard is not None:
+            # Not DNS over TLS: these are the host's ports too, and nftables alone refuses that one to containers.
+            maps["registry_ports"].replace_all({_u32(port): b"\1" for port in policy.ports})
+            maps["listed"].replace_all(listed_map(policy))
+        if self.guard is not None:
+            self.guard.follow_policy(policy)
         self._write_settings(policy)
 
     def _judging(self, policy: Policy) -> Judging:
@@ -322,14 +352,12 @@ class Enforcement:
                 procfs.netns_cookie() or (0 if procfs.in_initial_netns() else kernel_abi.NETNS_ANY),
                 pidns_device,
                 pidns_inode,
-                kernel_abi.MARK_MASK,
-                kernel_abi.MARK_VOUCHED,
-                MarkedScope.HOST,
-                MarkedScope.ENGINE,
-                MarkedScope.CONTAINER,
+                *policy.marks.settings,
                 1,
                 self._judging(policy),
                 policy.mode is Mode.OBSERVE,
+                recognises(policy),
+                0,
             ),
         )
 
@@ -340,7 +368,7 @@ class Enforcement:
         entries = []
         for key, value in list(learned.items()):
             address, port = kernel_abi.unpack_learned_key(key)
-            expires_ns, taught_by = kernel_abi.LEARNED.codec.unpack(value)
+            expires_ns, taught_by, *_ = kernel_abi.LEARNED.codec.unpack(value)
             if (address, port) in self.learned:
                 continue
             pattern = patterns.get(taught_by)
@@ -355,7 +383,7 @@ class Enforcement:
                 learned.delete(key)
         if entries:
             log.info("took over %d learned permissions from the kernel", len(entries))
-        return self.learned.learn(entries)
+        return self.learned.learn(entries, self._now())
 
     def _adopt_saved(self) -> None:
         """Hold what the state file remembers from before a reboot, as far as the policy still allows it."""
@@ -364,7 +392,7 @@ class Enforcement:
         except state.StateError as error:
             log.warning("%s; registries are learned anew", error)
             return
-        now, wall_clock = self._kernel.now_ns() / NANOSECONDS, time.time()
+        now, wall_clock = self._now(), time.time()
         entries = []
         for entry in saved:
             left = min(entry.expires_at - wall_clock, kernel_abi.LIFETIME_CEILING_SECONDS)  # the clock may have stepped
@@ -372,7 +400,7 @@ class Enforcement:
                 entries.append(
                     LearnedAddress(entry.address, entry.port, entry.name, entry.rule, entry.pattern, now + left)
                 )
-        self.learned.learn(entries)
+        self.learned.learn(entries, now)
 
     def _holders(
         self, index: NameIndex, pattern: HostPattern, destination: Destination
@@ -388,9 +416,21 @@ class Enforcement:
         holders = self._holders(index, entry.pattern, (entry.address, entry.port))
         return any((rule.name, pattern) == (entry.rule, entry.pattern) for rule, pattern in holders)
 
+    def _now(self) -> float:
+        """Seconds on the clock of the BPF programs."""
+        return self._kernel.now_ns() / NANOSECONDS
+
+    def _used_at_ns(self, destination: Destination) -> int:
+        """When a connection went there last, as far as BPF knows; 0: never."""
+        value = self._kernel.maps["learned"].lookup(kernel_abi.pack_learned_key(*destination))
+        return 0 if value is None else int(kernel_abi.LEARNED.codec.unpack(value)[2])
+
+    def _last_used(self, destination: Destination) -> float:
+        return (self._used_at_ns(destination) or -math.inf) / NANOSECONDS
+
     def _wall_clock_offset(self) -> float:
         """What makes Unix seconds of seconds on the clock of the BPF programs, now."""
-        return time.time() - self._kernel.now_ns() / NANOSECONDS
+        return time.time() - self._now()
 
     def save(self) -> None:
         """Write the state file; a failure is logged once and enforcement goes on."""
@@ -419,7 +459,7 @@ class Enforcement:
 
     def _difference(self) -> Changes:
         """What makes an earlier daemon's elements those that this one holds; all of them, where there is no table."""
-        now = self._kernel.now_ns() / NANOSECONDS
+        now = self._now()
         elements = self._firewall.learned() if self._table_present and self._capabilities.remembers else []
         seconds_left = {(element.address, element.port): element.lifetime_seconds for element in elements}
         permit = (
@@ -446,28 +486,17 @@ class Enforcement:
     def _take(self, events: list[DnsEvent]) -> None:
         if not events:
             return
-        permit: dict[Destination, LearnedAddress] = {}
-        withdraw: dict[Destination, None] = {}
-        arrivals = []
-        for event in events:
-            arrivals.append(event.at_ns)
-            changes = self._judge(event)
-            for entry in changes.permit:
-                permit[entry.destination] = entry
-                withdraw.pop(entry.destination, None)
-            for destination in changes.withdraw:
-                withdraw[destination] = None
-                permit.pop(destination, None)
+        changes = combined(map(self._judge, events))
         if self._ears is not None:
-            self._vouch(permit.values())
-        self._apply(Changes(tuple(permit.values()), tuple(withdraw)))
+            self._vouch(changes.permit)
+        self._apply(changes)
         now = self._kernel.now_ns()
-        for arrived in arrivals:
-            self.metrics.learn_seconds.observe((now - arrived) / NANOSECONDS)
+        for event in events:
+            self.metrics.learn_seconds.observe((now - event.at_ns) / NANOSECONDS)
 
     def _judge(self, event: DnsEvent) -> Changes:
         """What one learning packet changes. BPF's view of it is checked against the full parser's."""
-        if event.resolver not in self.resolvers:
+        if event.resolver not in self.resolvers and event.resolver not in self._retired:
             # The packet came before this resolver was dropped; BPF does not know that it has been.
             return self._disagree(event, "its resolver is no longer trusted")
         try:
@@ -482,7 +511,7 @@ class Enforcement:
             self._ask_for_question(event)
         if event.inserted > len({entry.destination for entry in entries}):
             return self._disagree(event, f"{answer.question}: fewer permissions in it than BPF learned", entries)
-        return self.learned.learn(entries)
+        return self.learned.learn(entries, self._now())
 
     def _permissions(self, answer: dns_answer.DnsAnswer, now: float) -> list[LearnedAddress]:
         return list(permitted(answer, self.index.covering(answer.question), self._classify, now))
@@ -492,13 +521,13 @@ class Enforcement:
         self.metrics.disagreements.inc()
         log.warning("a DNS answer from %s taught too much (%s); withdrawn", event.resolver, why)
         self.auditor.disagreed(f"a DNS answer from {event.resolver} taught too much ({why}); withdrawn")
-        changes = self.learned.learn(accepted)
+        changes = self.learned.learn(accepted, self._now())
         learned = self._kernel.maps["learned"]
         orphans = [key for key, _ in list(learned.items()) if kernel_abi.unpack_learned_key(key) not in self.learned]
         for key in orphans:
             learned.delete(key)
         orphaned = tuple(kernel_abi.unpack_learned_key(key) for key in orphans)
-        return Changes(changes.permit, changes.withdraw + orphaned)
+        return combined((changes, Changes(withdraw=orphaned)))
 
     def _classify(self, address: Address) -> RangeClass | None:
         assert self.plan is not None
@@ -508,7 +537,7 @@ class Enforcement:
 
     def _apply(self, changes: Changes) -> None:
         if changes:
-            self._stop_vouching(changes.withdraw)
+            self._stop_vouching((*changes.withdraw, *changes.forget))
             if self._table_present:  # else start() brings everything that is held by then
                 if text := self._render(changes):
                     self._firewall.apply(text)
@@ -541,13 +570,13 @@ class Enforcement:
     def _render(self, changes: Changes) -> str:
         if not self._capabilities.remembers:
             return ""
-        now = self._kernel.now_ns() / NANOSECONDS
+        now = self._now()
         permit = [
             ruleset.Element(entry.address, entry.port, seconds)
             for entry in changes.permit
             if (seconds := int(entry.expires_at - now)) > 0
         ]
-        text = ruleset.render_elements(permit, changes.withdraw)
+        text = ruleset.render_elements(permit, (*changes.withdraw, *changes.forget))
         if self._revoked is not None:
             pardoned = (entry.destination for entry in changes.permit if entry.destination in self._revoked)
             text += ruleset.render_revoked(changes.withdraw, pardoned)
@@ -619,8 +648,11 @@ class Enforcement:
                 continue
             self.metrics.own_queries.labels("answered").inc()
             self._unresolved.discard(name)
-            changes = self.learned.learn(self._permissions(answer, self._kernel.now_ns() / NANOSECONDS))
-            self._vouch(changes.permit)
+            now = self._now()
+            entries = self._permissions(answer, now)
+            changes = self.learned.learn(entries, now)
+            # All of them: a holder that is new may let clients say more at an address that is not.
+            self._vouch(self.learned.longest(each.destination) for each in entries if each.destination in self.learned)
             self._apply(changes)
 
     def _vouch(self, entries: Iterable[LearnedAddress]) -> None:
@@ -628,10 +660,32 @@ class Enforcement:
         self._kernel.maps["learned"].update_many(
             (
                 kernel_abi.pack_learned_key(*entry.destination),
-                kernel_abi.LEARNED.codec.pack(int(entry.expires_at * NANOSECONDS), pattern_id(entry.pattern)),
+                self._learned_value(entry),
             )
             for entry in entries
         )
+
+    def _learned_value(self, entry: LearnedAddress) -> bytes:
+        """What BPF's `learned` holds of a destination; of what may be said there the most lenient holder decides."""
+        unnamed_until = proxy_until = 0.0
+        for holder in self.learned.holders(entry.destination) or (entry,):
+            rule = self._rules.get(holder.rule)
+            if rule is not None and rule.verify is Verify.ADDRESS:
+                unnamed_until = max(unnamed_until, holder.expires_at)
+            if rule is not None and rule.kind is RuleKind.PROXY:
+                proxy_until = max(proxy_until, holder.expires_at)
+        return kernel_abi.pack_learned(
+            int(entry.expires_at * NANOSECONDS),
+            pattern_id(entry.pattern),
+            used_at=self._used_at_ns(entry.destination),
+            unnamed_until=int(unnamed_until * NANOSECONDS),
+            proxy_until=int(proxy_until * NANOSECONDS),
+        )
+
+    def _refresh_learned(self) -> None:
+        """After a change of policy: what may be said at the addresses that stay may be another thing now."""
+        if self._ears is None:
+            self._vouch(self._longest())
 
     def _teachers(self) -> tuple[Address, ...]:
         """The trusted resolvers but those behind an internal interface, where a container could answer for them."""
@@ -671,7 +725,8 @@ class Enforcement:
     # --- changes around the daemon -----------------------------------------------------------------------------------
     def fit_interfaces(self, changed: netlink.Change = netlink.Change.EVERYTHING) -> None:
         """Attach the programs where the interfaces, routes and resolvers of this moment want them."""
-        routes = {address: self._links.route_to(address) for address in self.resolvers}
+        routes = {address: self._links.route_to(address) for address in (*self.resolvers, *self._retired)}
+        routes = {address: at for address, at in routes.items() if at is not None or address in self.resolvers}
         before = self.plan
         known_routes = self._links.routes()
         self.plan = topology.plan_attachments(self._links.interfaces(), known_routes, routes, wsl=procfs.is_wsl())
@@ -689,6 +744,8 @@ class Enforcement:
             self._ranges = ranges
         if self._ears is None:
             self._attach_programs()
+            if self.guard is not None:
+                self.guard.fit(self.plan, look_again=bool(changed & netlink.Change.TRAFFIC_CONTROL))
         else:
             self._ears.listen_on(self.plan.learn)
         if self._table_present:
@@ -740,20 +797,39 @@ class Enforcement:
             async for changed in changes:
                 self.fit_interfaces(changed)
 
-    def follow_resolvers(self) -> None:
-        """Trust the resolvers that the policy means now, and no others."""
+    def follow_resolvers(self, *, at_once: bool = False) -> None:
+        """Trust the resolvers that the policy means now, and no others.
+
+        What was asked of the host's former ones while they were trusted may still be answered, unless `at_once`: else
+        every change of a network would refuse whoever is waiting for an answer.
+        """
         wanted = list(self.policy.resolvers.addresses)
         if self.policy.resolvers.auto:
             wanted += procfs.trusted_resolvers()
         resolvers = tuple(dict.fromkeys(wanted))
         if resolvers == self.resolvers and self.plan is not None:
             return
+        now = self._kernel.now_ns()
+        too_late = dict.fromkeys(self.resolvers, now + kernel_abi.QUERY_WINDOW_SECONDS * NANOSECONDS)
         self.resolvers = resolvers
-        self._kernel.maps["resolvers"].replace_all({kernel_abi.pack_address(address): b"\1" for address in resolvers})
-        self._overhearing.trust(resolvers)
-        self.fit_interfaces()
+        self._retire({} if at_once else self._retired | too_late)
         self.ask_again.set()
         log.info("trusted resolvers: %s", ", ".join(map(str, resolvers)) or "none")
+
+    def _retire(self, too_late: Mapping[Address, int]) -> None:
+        """Trust `resolvers`, and for what is under way those that were, as many as there is room for."""
+        room = kernel_abi.MAX_RESOLVERS - len(self.resolvers)
+        former = [address for address in too_late if address not in self.resolvers]
+        self._retired = {address: too_late[address] for address in former[:room]}
+        trust = {
+            **dict.fromkeys(self._retired, ResolverTrust.RETIRED),
+            **dict.fromkeys(self.resolvers, ResolverTrust.TRUSTED),
+        }
+        self._kernel.maps["resolvers"].replace_all(
+            {kernel_abi.pack_address(address): bytes((value,)) for address, value in trust.items()}
+        )
+        self._overhearing.trust(self.resolvers, self._retired)
+        self.fit_interfaces()
 
     def know_cgroups(self, known: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF which cgroups hold containers and engines: these and no others."""
@@ -773,7 +849,7 @@ class Enforcement:
             self._cgroups[cgroup.path] = cgroup.scope
         self._stamp(appeared)
         if self._table_present and self._capabilities.scopes_in_nft:
-            self._apply_with_cgroups(functools.partial(ruleset.render_cgroups, self._capabilities))
+            self._apply_with_cgroups(functools.partial(ruleset.render_cgroups, self.policy.marks, self._capabilities))
 
     def _apply_with_cgroups(self, render: Callable[[Iterable[tuple[str, MarkedScope]]], str]) -> None:
         """Apply what names cgroups, which may vanish before nft has looked them up: then without those."""
@@ -805,6 +881,7 @@ class Enforcement:
         try:
             policy = read_policy()
             authority = open_authority(policy)
+            keep_marks(self.policy.marks, policy)
         except PolicyError as error:
             self.metrics.reloads.labels("bad_policy").inc()
             log.error("%s: the policy in force stays", error)
@@ -829,7 +906,11 @@ class Enforcement:
             self.auditor.policy_changed("the kernel refused the new ruleset, the policy in force stays")
             return f"the kernel refused the new ruleset: {error}"
         before_it, self.policy, self.index, self.learned = self.policy, policy, index, kept
+        self._rules = {rule.name: rule for rule in policy.rules}
         self._remember_revoked(changes)
+        self._refresh_learned()
+        if self.guard is not None and (ended := self.guard.end_what_lost_its_name(before_it, policy)):
+            log.info("%d open connections are ended: their names are not allowed any more", ended)
         if revocation.narrows(before_it, policy):
             self._start(self._judge_connections_again(before_it))
         names.update_many((key, value) for key, value in after.items() if before.get(key) != value)
@@ -837,7 +918,7 @@ class Enforcement:
         if self._responder is not None:
             self._responder.contexts = None if authority is None else authority.context
         self._audit_log.follow_policy(policy.audit_file)
-        self.follow_resolvers()
+        self.follow_resolvers(at_once=True)
         self.ask_again.set()
         self.metrics.reloads.labels("ok").inc()
         in_force = f"policy {policy.source} ({policy.digest[:12]}) is in force, mode {policy.mode.value}"
@@ -861,7 +942,9 @@ class Enforcement:
     def housekeeping(self) -> None:
         """Forget what has expired; read from the kernel what its events could not carry."""
         self.auditor.housekeeping()
-        now = self._kernel.now_ns() / NANOSECONDS
+        now = self._now()
+        if self._retired and min(self._retired.values()) <= now * NANOSECONDS:
+            self._retire({address: at for address, at in self._retired.items() if at > now * NANOSECONDS})
         learned = self._kernel.maps["learned"]
         for destination in self.learned.expire(now):
             learned.delete(kernel_abi.pack_learned_key(*destination))
@@ -942,6 +1025,38 @@ class Enforcement:
             self._responder.port,
         )
 
+    def _ended(self, ending: kernel_abi.Ending, observed: bool) -> None:
+        """The guard has ended a connection, or would have."""
+        assert self.plan is not None
+        source, destination = (ending.source, ending.source_port), (ending.destination, ending.destination_port)
+        own = {address.ip for entry in self.plan.roles for address in entry.interface.addresses}
+        try:
+            source = (ending.protocol is Protocol.TCP and conntrack.original_source(source, destination)) or source
+        except OSError as error:
+            log.warning("the kernel does not tell where a connection came from: %s", error)
+        name = host_name(ending.name)
+        if ending.outcome is GuardOutcome.UNLISTED_ADDRESS:
+            reason = Reason.UNLISTED_ADDRESS
+        elif name is not None and ending.outcome is GuardOutcome.UNLISTED_NAME:
+            reason = Reason.UNLISTED_PORT if self.index.match(name) else Reason.UNLISTED_NAME
+        else:
+            reason = Reason.UNNAMED
+        self.auditor.ended(
+            Report(
+                at=time.time(),
+                kind=Kind.OBSERVED if observed else Kind.REFUSED,
+                scope=next(scope for scope, marked in MARKED.items() if marked is ending.scope),
+                protocol=ending.protocol,
+                source=source,
+                destination=destination,
+                forwarded=ending.scope is MarkedScope.CONTAINER and source[0] not in own,
+                marked_scope=ending.scope,
+                uid=None,
+            ),
+            name,
+            reason,
+        )
+
     # --- what it tells -----------------------------------------------------------------------------------------------
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """One request of the control socket; ValueError names what is wrong with it."""
@@ -992,6 +1107,9 @@ class Enforcement:
                 "clients": len(self._responder),
                 "answers": sorted(way.value for way in self._redirected),
             },
+            "metrics": None
+            if self.metrics_server is None
+            else {"address": self.metrics_server.served_at, "problem": self.metrics_server.problem},
             "resolvers": [str(address) for address in self.resolvers],
             "unlearnable_resolvers": [{"address": str(address), "why": why} for address, why in self.plan.unlearnable],
             "interfaces": [
@@ -1000,6 +1118,7 @@ class Enforcement:
                     "role": entry.role.value,
                     "why": entry.why,
                     "program": self._program_at(entry.interface.index),
+                    "guarded": self.guard is not None and entry.interface.index in self.guard.interfaces,
                 }
                 for entry in self.plan.roles
             ],
@@ -1032,6 +1151,10 @@ class Enforcement:
             learned={family: families[family] for family in ("ipv4", "ipv6")},
             refused=self._refusals(Mode.ENFORCE),
             observed=self._refusals(Mode.OBSERVE),
+            guarded={outcome.name.lower(): count for outcome, count in self.guard.counts().items()}
+            if self.guard is not None
+            else {},
+            evicted=self.learned.evicted,
             events_lost=self._lost(),
             audit_dropped=self.auditor.dropped(self.reports.lost if self.reports else 0),
         )
@@ -1055,12 +1178,10 @@ class Enforcement:
         }
 
     def _snapshot_for_scrape(self) -> metrics.Snapshot:
-        """Called in the metrics server's thread; the state belongs to the loop's."""
-
-        async def snapshot() -> metrics.Snapshot:
+        try:
             return self._snapshot()
-
-        return asyncio.run_coroutine_threadsafe(snapshot(), self._loop).result(SCRAPE_DEADLINE_SECONDS)
+        except (nft.NftError, bpf.BpfError, OSError) as error:
+            raise metrics.SnapshotError(str(error)) from None
 
 
 def _cgroup_key(cgroup: procfs.Cgroup) -> bytes:

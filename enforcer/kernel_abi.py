@@ -12,28 +12,72 @@ from __future__ import annotations
 import dataclasses
 import enum
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
+
 # --- marks -----------------------------------------------------------------------------------------------------------
-# Three bits of skb->mark. Clear of the bits that kube-proxy (0xC000), Tailscale (0xC0000), Calico's eBPF data plane
-# (0x1ff00000), Cilium (0x0F00) and portmap (0x2000) use.
-MARK_MASK = 0xE0000000
-MARK_SCOPE_MASK = 0x60000000
-MARK_VOUCHED = 0x80000000
-SCOPE_SHIFT = 29  # of the scope's two bits
-SCOPES = 4
-
-
 class MarkedScope(enum.IntEnum):
-    """Whose socket it is, stamped by the connect hooks into the mark; 0 is a packet that no hook has seen."""
+    """Whose socket it is, stamped by the connect hooks into the mark; 0 is a packet that no hook has seen.
 
-    UNSTAMPED = 0x00000000
-    HOST = 0x20000000
-    ENGINE = 0x40000000
-    CONTAINER = 0x60000000
+    The number of a scope is what maps hold; what a mark holds is `Marks.of` it.
+    """
 
+    UNSTAMPED = 0
+    HOST = 1
+    ENGINE = 2
+    CONTAINER = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Which three bits of skb->mark are ours: the highest vouches, the lower two are the number of a scope.
+
+    Any three, side by side or not, since others leave no other choice on some hosts. ValueError for another count.
+    """
+
+    mask: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask < 1 << 32 or self.mask.bit_count() != MARK_BITS:
+            raise ValueError(f"{self.mask:#x} is not {MARK_BITS} of 32 bits")
+
+    @property
+    def vouched(self) -> int:
+        """The bit that lets a SYN pass before the sets know its address."""
+        return 1 << self.mask.bit_length() - 1
+
+    @property
+    def scope_mask(self) -> int:
+        """The two bits of the scope."""
+        return self.mask & ~self.vouched
+
+    def of(self, scope: MarkedScope) -> int:
+        """The bits that say `scope`."""
+        low = self.scope_mask & -self.scope_mask
+        return (low if scope & 1 else 0) | (self.scope_mask & ~low if scope & 2 else 0)
+
+    def scope(self, mark: int) -> MarkedScope:
+        """The scope that a packet's mark says."""
+        return next(scope for scope in MarkedScope if self.of(scope) == mark & self.scope_mask)
+
+    @property
+    def settings(self) -> tuple[int, ...]:
+        """The fields mark_... of SETTINGS, in their order."""
+        stamped = MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER
+        return self.mask, self.vouched, *map(self.of, stamped)
+
+
+MARK_BITS = 3
+# Clear of the bits of kube-proxy (0xC000), Tailscale (0xFF0000), Calico's eBPF data plane (0x1FF00000) and portmap
+# (0x2000); other_marks has who is not.
+DEFAULT_MARKS = Marks(0xE0000000)
+SCOPES = len(MarkedScope)
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+BPFFS = "/sys/fs/bpf/registry-enforcer"  # where BPF state is pinned, unless somebody says otherwise
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 MAX_WIRE_BYTES = 2048  # a DNS message that BPF reads whole; longer ones the daemon resolves itself
@@ -49,13 +93,21 @@ MAX_CGROUPS = 16_384
 MAX_REGISTRY_PORTS = 1_024
 MAX_LISTED = 16_384  # (network, port) that a policy names
 MAX_CONNECTS = 8_192  # each is needed for the milliseconds until its refusal is reported
+LOOPBACK_IFINDEX = 1  # of lo in every network namespace (include/net/flow.h)
 NETNS_ANY = 0xFFFFFFFFFFFFFFFF  # no kernel counts that far
+MAX_FLOWS = 65_536  # connections to learned addresses; one that is forgotten is ended with its next byte
+MAX_HELLOS = 4_096  # of these, within their ClientHello
+MAX_UPLINKS = 4_096
+MAX_CATALOGUE = 4_096
+MAX_ANSWER_BYTES = 1_024
 EVENT_BYTES = 1 << 20  # the ring
+ENDING_BYTES = 1 << 18  # the guard's
 COMM_BYTES = 16  # kernel: TASK_COMM_LEN
 LIFETIME_FLOOR_SECONDS = 300  # a learned address lives max(TTL, this): clients cache answers longer than they should
 LIFETIME_CEILING_SECONDS = 86_400
 REFRESH_MARGIN_SECONDS = 60  # a repeated answer that extends the lifetime by less is not reported again
 QUERY_WINDOW_SECONDS = 10  # an answer later than this after its query teaches nothing
+USE_GRAIN_SECONDS = 1  # how exactly `learned_value.used_at` is kept: a busy connection does not write it at each packet
 
 
 class Outcome(enum.IntEnum):
@@ -80,6 +132,13 @@ class RangeClass(enum.IntEnum):
     PRIVATE = 2  # only for names the operator wrote
 
 
+class ResolverTrust(enum.IntEnum):
+    """Value of the `resolvers` map; a server that is not in it is not trusted."""
+
+    TRUSTED = 1
+    RETIRED = 2  # this host's until a moment ago: answers the questions that are under way, and no new ones
+
+
 class Judging(enum.IntEnum):
     """What BPF does beside nftables where nftables cannot count or can only drop (`settings.judging`)."""
 
@@ -91,9 +150,57 @@ class Judging(enum.IntEnum):
 class JudgedPorts(enum.IntEnum):
     """Value of the `levels` map: where connections of a scope need permission."""
 
+    # Ascending: of several witnesses for a packet's scope the guard believes the strictest.
     NONE = 0
-    REGISTRY = 1  # the registry ports
-    EVERY = 2  # every TCP port but DNS; of UDP the registry ports
+    RECOGNISED = 1  # nowhere; what is recognised as a registry by its first bytes is refused
+    REGISTRY = 2  # the registry ports
+    EVERY = 3  # every TCP port but DNS; of UDP the registry ports
+
+
+class Listed(enum.IntEnum):
+    """Value of the `listed` map: what is at an address that the policy names."""
+
+    REGISTRY = 1  # or a destination: reachable, whatever is said there
+    PROXY = 2  # reachable, and whom it is asked for is judged
+
+
+class GuardMode(enum.IntEnum):
+    """What the guard expects of a connection's first bytes (`flow.mode`)."""
+
+    NAME = 0  # a server name that the policy allows
+    PROXY = 1  # a request to a proxy for such a name, or such a name
+    RECOGNISE = 2  # anything but a registry that the policy does not allow
+
+
+class FlowState(enum.IntEnum):
+    """How far the guard has read a connection (`flow.state`)."""
+
+    BEGUN = 0
+    HELLO = 1  # within a ClientHello, or between two
+    CONNECT = 2  # within the head of a CONNECT, behind its target
+    TUNNEL = 3  # behind that head
+    ALLOWED = 4
+    ENDED = 5
+
+
+class GuardOutcome(enum.IntEnum):
+    """What the guard said: index into the `guarded` map and label of enforcer_guarded_total."""
+
+    PASSED = 0  # the connection's name is allowed
+    UNLISTED_NAME = 1
+    NO_NAME = 2  # TLS without a server name, HTTP without a host, a host that is an address
+    HIDDEN_NAME = 3  # encrypted (ECH): the name outside of it is not the one that counts
+    UNREADABLE = 4  # neither TLS nor HTTP, or more of it than is read
+    UNKNOWN = 5  # its beginning was not seen, or is forgotten
+    UNLISTED_ADDRESS = 6  # a new connection that nftables did not see, or was told to let by
+    REPORT_LOST = 7  # ended, but the ring was full
+
+
+class Answer(enum.IntEnum):
+    """Index into the `answers` map: what a client is told whose connection the guard ends."""
+
+    TLS = 0
+    HTTP = 1
 
 
 class Protocol(enum.IntEnum):
@@ -166,7 +273,10 @@ NAME_RULE = Structure(
         Field("__u16", "ports", MAX_PORTS_PER_NAME, "host order; the first port_count count"),
         Field("__u8", "port_count", 0, "1 .. MAX_PORTS_PER_NAME"),
         Field("__u8", "private_addresses", 0, "1: an answer in a private range may teach"),
-        Field("__u8", "padding", 6, "zero"),
+        Field("__u8", "named_ports", 0, "bit i: clients may name it on ports[i]; 0: it is a proxy's there and no more"),
+        Field("__u8", "proxy_ports", 0, "bit i: a proxy is at the addresses on ports[i]"),
+        Field("__u8", "unnamed_ports", 0, "bit i: what is said at the addresses on ports[i] is not looked at"),
+        Field("__u8", "padding", 3, "zero"),
     ),
 )
 RANGE_KEY = Structure(
@@ -186,6 +296,7 @@ QUERY_KEY = Structure(
         Field("__u16", "client_port", 0, "network order, as on the wire"),
         Field("__u16", "transaction_id", 0, "network order, as on the wire"),
         Field("__u32", "protocol", 0, "IPPROTO_UDP or IPPROTO_TCP"),
+        Field("__u32", "loopback", 0, "1: it left through lo, and so is answered; 0: through any other interface"),
     ),
 )
 QUERY = Structure(
@@ -221,6 +332,9 @@ LEARNED = Structure(
     (
         Field("__u64", "expires_at", 0, "nanoseconds, clock of this build; later: no permission"),
         Field("__u64", "pattern_id", 0, "the pattern that taught it last"),
+        Field("__u64", "used_at", 0, "when a connection went there, to USE_GRAIN_SECONDS, same clock; 0: never"),
+        Field("__u64", "unnamed_until", 0, "as expires_at: until then nobody looks what name is asked for there"),
+        Field("__u64", "proxy_until", 0, "as expires_at: until then a proxy is there"),
     ),
 )
 SETTINGS = Structure(
@@ -248,6 +362,8 @@ SETTINGS = Structure(
         Field("__u32", "configured", 0, "1 when the above counts"),
         Field("__u32", "judging", 0, "JUDGING_*"),
         Field("__u32", "observing", 0, "1: mode observe, which has counters of its own"),
+        Field("__u32", "recognising", 0, "1: some scope's level is JUDGED_RECOGNISED"),
+        Field("__u32", "padding", 0, "zero"),
     ),
 )
 EVENT = Structure(
@@ -271,7 +387,7 @@ CONNECT_KEY = Structure(
         Field("__u8", "address", 16, "network order, IPv4 mapped"),
         Field("__u16", "port", 0, "host order"),
         Field("__u16", "protocol", 0, "IPPROTO_TCP or IPPROTO_UDP"),
-        Field("__u32", "scope", 0, "scope bits of the mark"),
+        Field("__u32", "scope", 0, "SCOPE_*"),
         Field("__u32", "uid", 0, "as the host's user namespace counts"),
     ),
 )
@@ -287,9 +403,74 @@ CONNECT = Structure(
         Field("char", "comm", COMM_BYTES, "of the thread, ends in NUL"),
     ),
 )
+FLOW_KEY = Structure(
+    "flow_key",
+    "Key of `flows` and `hellos`: a TCP connection as it leaves through an uplink, translated.",
+    (
+        Field("__u8", "source", 16, "network order, IPv4 mapped"),
+        Field("__u8", "destination", 16, "network order, IPv4 mapped"),
+        Field("__u16", "source_port", 0, "host order"),
+        Field("__u16", "destination_port", 0, "host order"),
+    ),
+)
+FLOW = Structure(
+    "flow",
+    "Value of `flows`.",
+    (
+        Field("__u64", "pattern_id", 0, "the pattern that allowed its name; 0: none yet"),
+        Field("__u32", "next", 0, "sequence number of the first byte that was not read"),
+        Field("__u32", "head_bytes", 0, "of a CONNECT's head, so far"),
+        Field("__u16", "port", 0, "host order; a proxy is asked for another one than its own"),
+        Field("__u8", "state", 0, "FLOW_*"),
+        Field("__u8", "mode", 0, "GUARD_NAME, GUARD_PROXY or GUARD_RECOGNISE"),
+        Field("__u32", "padding", 0, "zero"),
+    ),
+)
+UPLINK = Structure(
+    "uplink",
+    "Value of `uplinks`, by index of the interface; one that is not there is not guarded.",
+    (
+        Field("__u32", "any_port", 0, "one of the registry ports, for packets that hide theirs"),
+        Field("__u32", "link_bytes", 0, "of the link layer's header: 14, or 0"),
+    ),
+)
+LINK = Structure(
+    "link",
+    "Key of `own_links`: an address of this host's own on the link layer; what leaves with another is a stranger's.",
+    (
+        Field("__u8", "address", 6, "as on the wire"),
+        Field("__u8", "padding", 2, "zero"),
+    ),
+)
+ENDING = Structure(
+    "ending",
+    "One record of the ring `endings`: a connection that the guard ended, or in mode observe would have.",
+    (
+        Field("__u64", "at", 0, "nanoseconds, clock of this build"),
+        Field("__u8", "source", 16, "network order, IPv4 mapped; translated, as all of this"),
+        Field("__u8", "destination", 16, "network order, IPv4 mapped"),
+        Field("__u16", "source_port", 0, "host order"),
+        Field("__u16", "destination_port", 0, "host order"),
+        Field("__u32", "interface", 0, "index of the uplink"),
+        Field("__u32", "scope", 0, "SCOPE_*"),
+        Field("__u16", "name_length", 0, "bytes of `name` that count"),
+        Field("__u8", "protocol", 0, "IPPROTO_TCP or IPPROTO_UDP"),
+        Field("__u8", "verdict", 0, "GUARD_*"),
+        Field("__u8", "name", 256, "what was asked for, as it was written"),
+    ),
+)
+ANSWER = Structure(
+    "answer",
+    "Value of `answers`.",
+    (
+        Field("__u32", "length", 0, "of `bytes` that count; 1 .. MAX_ANSWER_BYTES"),
+        Field("__u32", "sum", 0, "of these as 16-bit words in memory's order, not folded (RFC 1071)"),
+        Field("__u8", "bytes", MAX_ANSWER_BYTES, "what follows the TCP header"),
+    ),
+)
 STRUCTURES = (
     *(NAME_KEY, NAME_RULE, RANGE_KEY, QUERY_KEY, QUERY, LISTED_KEY, LEARNED_KEY, LEARNED, SETTINGS),
-    *(EVENT, CONNECT_KEY, CONNECT),
+    *(EVENT, CONNECT_KEY, CONNECT, FLOW_KEY, FLOW, UPLINK, LINK, ENDING, ANSWER),
 )
 
 _LIMITS = (
@@ -306,7 +487,15 @@ _LIMITS = (
     "MAX_REGISTRY_PORTS",
     "MAX_LISTED",
     "MAX_CONNECTS",
+    "MAX_FLOWS",
+    "MAX_HELLOS",
+    "MAX_UPLINKS",
+    "MAX_CATALOGUE",
+    "MAX_ANSWER_BYTES",
+    "USE_GRAIN_SECONDS",
+    "LOOPBACK_IFINDEX",
     "EVENT_BYTES",
+    "ENDING_BYTES",
     "COMM_BYTES",
 )
 
@@ -337,6 +526,22 @@ class Connect:
     comm: bytes  # whatever the process calls itself
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A connection that the guard ended, or in mode observe would have."""
+
+    at_ns: int
+    source: IPv4Address | IPv6Address  # as on the wire: after source NAT
+    destination: IPv4Address | IPv6Address
+    source_port: int
+    destination_port: int
+    interface: int
+    scope: MarkedScope
+    protocol: Protocol
+    outcome: GuardOutcome
+    name: bytes  # what was asked for, as the client wrote it; empty: nothing was read
+
+
 def pack_address(address: IPv4Address | IPv6Address) -> bytes:
     """16 bytes, network order; IPv4 mapped into IPv6 (RFC 4291 section 2.5.5.2)."""
     if isinstance(address, IPv4Address):
@@ -358,13 +563,26 @@ def pack_name_key(name: str, *, wildcard: bool) -> bytes:
     return NAME_KEY.codec.pack(len(reversed_name) * 8, reversed_name)
 
 
-def pack_name_rule(pattern_id: int, ports: Iterable[int], *, private_addresses: bool) -> bytes:
-    """Value of `names`; ValueError for no port or more than MAX_PORTS_PER_NAME."""
+def pack_name_rule(
+    pattern_id: int,
+    ports: Iterable[int],
+    *,
+    private_addresses: bool,
+    named_ports: Collection[int] | None = None,
+    proxy_ports: Collection[int] = (),
+    unnamed_ports: Collection[int] = (),
+) -> bytes:
+    """Value of `names`; ValueError for no port or more than MAX_PORTS_PER_NAME. None: `named_ports` are all."""
     ports = list(ports)
     if not 1 <= len(ports) <= MAX_PORTS_PER_NAME:
         raise ValueError(f"{len(ports)} ports: 1 to {MAX_PORTS_PER_NAME} fit")
     padded = ports + [0] * (MAX_PORTS_PER_NAME - len(ports))
-    return NAME_RULE.codec.pack(pattern_id, *padded, len(ports), int(private_addresses), b"")
+    named_ports = ports if named_ports is None else named_ports
+    bits = [
+        sum(1 << i for i, port in enumerate(ports) if port in some)
+        for some in (named_ports, proxy_ports, unnamed_ports)
+    ]
+    return NAME_RULE.codec.pack(pattern_id, *padded, len(ports), int(private_addresses), *bits, b"")
 
 
 def pack_range_key(network_address: IPv4Address | IPv6Address, prefix_length: int) -> bytes:
@@ -381,7 +599,7 @@ def pack_listed_key(network_address: IPv4Address | IPv6Address, prefix_length: i
 
 def pack_refusal_slot(scope: MarkedScope, protocol: Protocol, *, observing: bool) -> bytes:
     """Key of `refusals`."""
-    return struct.pack("=I", (observing * SCOPES + (scope >> SCOPE_SHIFT)) * 2 + (protocol == Protocol.UDP))
+    return struct.pack("=I", (observing * SCOPES + scope) * 2 + (protocol == Protocol.UDP))
 
 
 def pack_learned_key(address: IPv4Address | IPv6Address, port: int) -> bytes:
@@ -406,6 +624,69 @@ def decode_connect(value: bytes) -> Connect:
     """One value of `connects`."""
     at_ns, other_at_ns, cgroup_id, process, _, comm = CONNECT.codec.unpack(value)
     return Connect(at_ns, other_at_ns, cgroup_id, process, comm.partition(b"\0")[0])
+
+
+def pack_learned(
+    expires_ns: int, pattern_id: int, *, used_at: int = 0, unnamed_until: int = 0, proxy_until: int = 0
+) -> bytes:
+    """Value of `learned`; nanoseconds."""
+    return LEARNED.codec.pack(expires_ns, pattern_id, used_at, unnamed_until, proxy_until)
+
+
+def pack_uplink(any_port: int, *, ethernet: bool) -> bytes:
+    """Value of `uplinks`; without Ethernet a packet begins with its network header (tun, WireGuard, PPP)."""
+    return UPLINK.codec.pack(any_port, 14 if ethernet else 0)
+
+
+def pack_link(address: bytes) -> bytes:
+    """Key of `own_links`; ValueError for an address that is not 6 bytes long."""
+    if len(address) != 6:
+        raise ValueError(f"a link layer's address of {len(address)} bytes")
+    return LINK.codec.pack(address, b"")
+
+
+def pack_flow_key(
+    source: IPv4Address | IPv6Address,
+    source_port: int,
+    destination: IPv4Address | IPv6Address,
+    destination_port: int,
+) -> bytes:
+    """Key of `flows`."""
+    return FLOW_KEY.codec.pack(pack_address(source), pack_address(destination), source_port, destination_port)
+
+
+def pack_flow(state: FlowState, mode: GuardMode = GuardMode.NAME, *, pattern_id: int = 0, port: int = 0) -> bytes:
+    """Value of `flows`, of a connection whose bytes are not read any more."""
+    return FLOW.codec.pack(pattern_id, 0, 0, port, state, mode, 0)
+
+
+def pack_answer(answer: bytes) -> bytes:
+    """Value of `answers`; ValueError unless 1 .. MAX_ANSWER_BYTES bytes."""
+    if not 1 <= len(answer) <= MAX_ANSWER_BYTES:
+        raise ValueError(f"an answer of {len(answer)} bytes")
+    padded = answer + bytes(len(answer) % 2)
+    return ANSWER.codec.pack(len(answer), sum(struct.unpack(f"={len(padded) // 2}H", padded)), answer)
+
+
+def decode_ending(record: bytes) -> Ending:
+    """One record of the guard's ring; ValueError if it is not one. What perf's buffer adds behind it is left out."""
+    if len(record) < ENDING.size:
+        raise ValueError(f"record of {len(record)} bytes, {ENDING.size} expected")
+    at, source, destination, source_port, destination_port, interface, scope, length, protocol, outcome, name = (
+        ENDING.codec.unpack_from(record)
+    )
+    return Ending(
+        at,
+        unpack_address(source),
+        unpack_address(destination),
+        source_port,
+        destination_port,
+        interface,
+        MarkedScope(scope),
+        Protocol(protocol),
+        GuardOutcome(outcome),
+        name[:length],
+    )
 
 
 def decode_event(record: bytes) -> DnsEvent:
@@ -440,12 +721,26 @@ def render_shared_header() -> str:
     for range_class in RangeClass:
         lines.append(f"#define RANGE_{range_class.name} {range_class.value}")
     lines.append("")
+    for trust in ResolverTrust:
+        lines.append(f"#define RESOLVER_{trust.name} {trust.value}")
+    lines.append("")
     for judging in Judging:
         lines.append(f"#define JUDGING_{judging.name} {judging.value}")
     for ports in JudgedPorts:
         lines.append(f"#define JUDGED_{ports.name} {ports.value}")
+    for prefix, members in (
+        ("LISTED", Listed),
+        ("GUARD", GuardMode),
+        ("FLOW", FlowState),
+        ("GUARD", GuardOutcome),
+        ("ANSWER", Answer),
+    ):
+        lines += [f"#define {prefix}_{member.name} {member.value}" for member in members]
+    lines += [f"#define GUARD_OUTCOMES {len(GuardOutcome)}", f"#define ANSWERS {len(Answer)}"]
     lines.append(f"#define NETNS_ANY {NETNS_ANY:#x}ULL")
-    lines += [f"#define SCOPE_SHIFT {SCOPE_SHIFT}", f"#define SCOPES {SCOPES}"]
+    for scope in MarkedScope:
+        lines.append(f"#define SCOPE_{scope.name} {scope.value}")
+    lines.append(f"#define SCOPES {SCOPES}")
     for structure in STRUCTURES:
         lines += ["", f"/* {structure.meaning} */", f"struct {structure.name} {{"]
         for field in structure.fields:

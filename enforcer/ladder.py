@@ -183,6 +183,11 @@ class Capabilities:
         return frozenset(Origin) - self.vouched
 
     @property
+    def guards(self) -> bool:
+        """Whether BPF looks at first bytes where packets leave, and at what nftables never saw."""
+        return self.learns_in_kernel and "guard" in self.programs
+
+    @property
     def remembers(self) -> bool:
         """Whether sets hold what was learned."""
         return self.features >= {Feature.PLAIN_SETS, Feature.TIMED_SETS}
@@ -224,6 +229,14 @@ def shortfalls(capabilities: Capabilities) -> Iterator[Shortfall]:
             "the kernel takes no BPF program that reads DNS answers",
             "addresses are learned by a packet socket: a first connection may wait a second for them",
             "run as root, and where the kernel is locked down allow BPF",
+        )
+    if not capabilities.guards:
+        yield Shortfall(
+            "bpf guard",
+            "nothing looks at first bytes where packets leave",
+            "a shared address opens every name behind it, macvlan and raw sockets pass unseen, proxies may be asked "
+            'for anything, and the level "registries" refuses nothing',
+            "let the daemon load BPF programs, and give the kernel tc filters",
         )
     if not capabilities.cgroup:
         yield Shortfall(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import errno
+import logging
+import math
+import re
+import socket
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import Self
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from enforcer import __version__
 from enforcer.denial import Answered
-
-if TYPE_CHECKING:
-    from wsgiref.simple_server import WSGIServer
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series beside each counter that nobody here would read
 
@@ -23,8 +27,25 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a series beside ea
 LEARN_BUCKETS_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
+MAX_CLIENTS = 32
+MAX_HEAD_BYTES = 8_192
+CLIENT_SECONDS = 5.0  # from accept to close
+RETRY_SECONDS = 2.0  # at a port that somebody holds
+_ACCEPTS_AT_ONCE = 32  # then the loop's other work gets its turn
+# However often somebody asks, making the text takes that much of the loop's time, and so many seconds at once.
+_SHARE, _SECONDS_AT_ONCE = 0.05, 0.5
+_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+_REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]{1,1000}) HTTP/1\.[01]\r\n")
+
+log = logging.getLogger("registry-enforcer")
+
+
 class MetricsError(Exception):
     """The metrics address cannot be served."""
+
+
+class SnapshotError(Exception):
+    """The kernel does not tell now what a scrape asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +59,8 @@ class Snapshot:
     learned: Mapping[str, int]  # by family: ipv4, ipv6
     refused: Mapping[tuple[str, str], int]  # by (scope, protocol)
     observed: Mapping[tuple[str, str], int]  # the same in observe mode: what enforcement would have refused
+    guarded: Mapping[str, int]  # by outcome; empty without a guard
+    evicted: int
     events_lost: int
     audit_dropped: Mapping[str, int]  # by where they got lost
 
@@ -109,6 +132,11 @@ class Metrics(Collector):
         for family, count in now.learned.items():
             learned.add_metric([family], count)
         yield learned
+        yield CounterMetricFamily(
+            "enforcer_learned_evicted",
+            "Learned permissions that made room for others before their time: too many addresses under one pattern.",
+            now.evicted,
+        )
         for name, meaning, counts in (
             ("refused", "Connection attempts that were refused.", now.refused),
             ("observed", "Connection attempts that mode enforce would have refused.", now.observed),
@@ -117,6 +145,14 @@ class Metrics(Collector):
             for (scope, protocol), count in counts.items():
                 metric.add_metric([scope, protocol], count)
             yield metric
+        guarded = CounterMetricFamily(
+            "enforcer_guarded_connections",
+            "Connections whose first bytes, or first packet, the guard of the uplinks has judged, by what it said.",
+            labels=["outcome"],
+        )
+        for outcome, count in now.guarded.items():
+            guarded.add_metric([outcome], count)
+        yield guarded
         yield CounterMetricFamily(
             "enforcer_kernel_events_lost",
             "Learning packets whose copy did not reach the daemon; it reads what they taught from the kernel instead.",
@@ -132,19 +168,142 @@ class Metrics(Collector):
         yield dropped
 
 
-@contextlib.contextmanager
-def serve(metrics: Metrics, address: str, port: int) -> Iterator[int]:
-    """Serve `/metrics` in a thread until the context ends; the value is the port (as given, or chosen when 0)."""
-    server: WSGIServer
-    try:
-        server, thread = start_http_server(port, address, metrics.registry)
-    except OSError as error:
-        raise MetricsError(
-            f"--metrics {address}:{port}: {error.strerror}; choose a free address and port of this host"
-        ) from None
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=5)
+class Server:
+    """Serves `/metrics` on the running loop, in the task `run`; a context manager that owns the listening socket.
+
+    Anybody on this host may connect, so what connections cost is bounded: their number (the oldest goes), the bytes and
+    the seconds of each, and the share of the loop's time that making the text may take.
+
+    And anybody may hold a port that is not privileged. That must not keep enforcement away: `problem` says what is in
+    the way, and it is tried again.
+    """
+
+    def __init__(self, metrics: Metrics, address: str, port: int) -> None:
+        self.problem: str | None = None  # why nobody is served; None: they are
+        self.served_at = f"{f'[{address}]' if ':' in address else address}:{port}"
+        self._metrics = metrics
+        self._place = address, port
+        self._listener: socket.socket | None = None
+        self._clients: dict[asyncio.StreamWriter, None] = {}  # the oldest first
+        self._text = b""
+        self._making = asyncio.Lock()
+        self._made_at = self._refilled_at = -math.inf
+        self._seconds = _SECONDS_AT_ONCE
+
+    def __enter__(self) -> Self:
+        """MetricsError if there is no such address; a port in use is a `problem`."""
+        try:
+            self._listen()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise MetricsError(
+                    f"--metrics {self.served_at}: {error.strerror}; choose an address and port of this host"
+                ) from None
+            self.problem = f"another program holds {self.served_at}"
+            log.error(
+                "%s: metrics are not served until it lets go; a port below 1024 (--metrics) is root's alone",
+                self.problem,
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._listener is not None:
+            self._listener.close()
+
+    @property
+    def url(self) -> str:
+        """Where Prometheus asks."""
+        return f"http://{self.served_at}/metrics"
+
+    @property
+    def port(self) -> int:
+        """As given, or what the kernel chose for 0."""
+        return self._place[1] if self._listener is None else int(self._listener.getsockname()[1])
+
+    async def run(self) -> None:
+        """Serve until cancelled, from when the port is free."""
+        while self._listener is None:
+            await asyncio.sleep(RETRY_SECONDS)
+            with contextlib.suppress(OSError):
+                self._listen()
+        if self.problem is not None:
+            self.problem = None
+            log.info("metrics are served at %s now", self.served_at)
+        server = await asyncio.start_server(
+            self._answer, sock=self._listener, limit=MAX_HEAD_BYTES, backlog=_ACCEPTS_AT_ONCE
+        )
+        async with server:
+            await server.serve_forever()
+
+    def _listen(self) -> None:
+        family, _, _, _, place = socket.getaddrinfo(*self._place, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a daemon before this one leaves TIME_WAITs
+            listener.bind(place)
+            listener.listen(_ACCEPTS_AT_ONCE)
+            listener.setblocking(False)
+        except BaseException:
+            listener.close()
+            raise
+        self._listener = listener
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._clients[writer] = None
+        writer.transport.set_write_buffer_limits(high=0)  # drained is: with the kernel, and may be closed
+        if len(self._clients) > MAX_CLIENTS:
+            oldest = next(iter(self._clients))
+            del self._clients[oldest]
+            oldest.transport.abort()
+        try:
+            async with asyncio.timeout(CLIENT_SECONDS):
+                try:
+                    reply = await self._reply(await reader.readuntil(b"\r\n\r\n"))
+                except (asyncio.LimitOverrunError, asyncio.IncompleteReadError):
+                    reply = _reply("400 Bad Request")
+                writer.write(reply)
+                await writer.drain()
+        except (TimeoutError, ConnectionError):
+            pass  # its own fault
+        finally:
+            self._clients.pop(writer, None)
+            writer.transport.abort()
+
+    async def _reply(self, head: bytes) -> bytes:
+        request = _REQUEST_LINE.match(head)
+        if request is None:
+            return _reply("400 Bad Request")
+        method, path = request.groups()
+        if method not in (b"GET", b"HEAD"):
+            return _reply("405 Method Not Allowed")
+        if path not in (b"/metrics", b"/"):
+            return _reply("404 Not Found")
+        try:
+            body = await self._text_from(asyncio.get_running_loop().time())
+        except SnapshotError as error:
+            log.warning("metrics cannot be told: %s", error)
+            return _reply("503 Service Unavailable")
+        return _reply("200 OK", body, with_body=method == b"GET")
+
+    async def _text_from(self, asked_at: float) -> bytes:
+        """The text as it was at `asked_at` or later: who comes too often waits, and all who wait get the same one."""
+        async with self._making:
+            if self._made_at >= asked_at:
+                return self._text
+            loop = asyncio.get_running_loop()
+            self._seconds = min(_SECONDS_AT_ONCE, self._seconds + (loop.time() - self._refilled_at) * _SHARE)
+            if self._seconds < 0:
+                await asyncio.sleep(-self._seconds / _SHARE)
+                self._seconds = 0.0
+            self._made_at = loop.time()
+            self._text = generate_latest(self._metrics.registry)
+            self._refilled_at = loop.time()
+            self._seconds -= self._refilled_at - self._made_at
+            return self._text
+
+
+def _reply(status: str, body: bytes = b"", *, with_body: bool = True) -> bytes:
+    lines = f"HTTP/1.1 {status}", f"Content-Type: {_TEXT}", f"Content-Length: {len(body)}", "Connection: close"
+    return "\r\n".join((*lines, "\r\n")).encode() + (body if with_body else b"")

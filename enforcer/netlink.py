@@ -40,6 +40,7 @@ from pyroute2.netlink import (
     rtnl,
 )
 from pyroute2.netlink.rtnl.errmsg import errmsg
+from pyroute2.netlink.rtnl.fibmsg import fibmsg
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import IFF_LOOPBACK, IFF_UP, ifinfmsg
 from pyroute2.netlink.rtnl.iprsocket import IPRSocket
@@ -59,9 +60,14 @@ _CLSACT_HANDLE = 0xFFFF0000
 _EVERY_PROTOCOL = socket.htons(ETH_P_ALL)
 
 # Nobody's first choice: the kernel counts up from 1. The second says, beyond the end of any process of ours, that the
-# clsact below the filter is ours as well.
+# clsact below the filter is ours as well. The guard has two of its own, since it is beside another program.
 _OUR_HANDLE: Final = 0x52454E46
 _OUR_HANDLE_ON_OUR_CLSACT: Final = 0x52454E47
+_GUARDS_HANDLE: Final = 0x52454E48
+_GUARDS_HANDLE_ON_OUR_CLSACT: Final = 0x52454E49
+GUARD: Final = "guard"
+_ETHERNET = 1  # ARPHRD_ETHER
+_INVERTED = 2  # FIB_RULE_INVERT
 _FIRST_PRIORITY = 1  # a filter behind one that says "ok" never runs, and that must not be the learner
 _TIMEOUT_SECONDS = 5
 _DUMP_ATTEMPTS = 8
@@ -97,7 +103,19 @@ class _Filter:
 
     @property
     def ours(self) -> bool:
-        return self.handle in (_OUR_HANDLE, _OUR_HANDLE_ON_OUR_CLSACT) and self.kind == "bpf"
+        return self.kind == "bpf" and (self.handle in (_OUR_HANDLE, _OUR_HANDLE_ON_OUR_CLSACT) or self.is_guard)
+
+    @property
+    def is_guard(self) -> bool:
+        return self.handle in (_GUARDS_HANDLE, _GUARDS_HANDLE_ON_OUR_CLSACT)
+
+    @property
+    def on_our_clsact(self) -> bool:
+        return self.handle in (_OUR_HANDLE_ON_OUR_CLSACT, _GUARDS_HANDLE_ON_OUR_CLSACT)
+
+    @property
+    def program(self) -> str:
+        return (self.name or "").rpartition("#")[0]
 
 
 class Netlink:
@@ -137,6 +155,13 @@ class Netlink:
         request = _message(rtmsg(), family=socket.AF_UNSPEC, type=_UNICAST)
         return tuple(itertools.chain.from_iterable(self._dump(rtnl.RTM_GETROUTE, request, _next_hops)))
 
+    def mark_rules(self) -> tuple[tuple[int, int, int, bool], ...]:
+        """Rules of policy routing that look at marks: (priority, mark, mask, whether they are for all other marks)."""
+        found = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            found += self._dump(rtnl.RTM_GETRULE, _message(fibmsg(), family=family), _mark_rule)
+        return tuple(rule for rule in found if rule is not None)
+
     def route_to(self, address: Address) -> int | None:
         """Index of the interface through which this host would reach `address`; None if it would not."""
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
@@ -160,14 +185,15 @@ class Netlink:
     def attach(self, index: int, direction: Direction, program_fd: int, name: str) -> bool:
         """Make the sched_cls program behind `program_fd` ours on this interface; False if the interface is gone.
 
-        Does nothing if it is there already; another program of ours is replaced in one step. It runs with direct
-        action, and should end in TC_ACT_UNSPEC so that other programs' filters have their turn.
+        Does nothing if it is there already; another program of ours is replaced in one step, but the guard has a place
+        beside it. It runs with direct action, and should end in TC_ACT_UNSPEC so that other programs' filters have
+        their turn.
         """
         # pyroute2 does not decode the program's id, so the filter's name carries it. No program gets it a second time
         # while this one is attached.
         filter_name = f"{name}#{_program_id(program_fd)}"
         filters = self._filters(index, direction)
-        ours = next((entry for entry in filters if entry.ours), None)
+        ours = next((entry for entry in filters if entry.ours and entry.is_guard == (name == GUARD)), None)
         if ours and ours.name == filter_name:
             return True
         options = [
@@ -179,7 +205,12 @@ class Netlink:
         made = False
         try:
             made = self._ensure_clsact(index, direction)
-            handle = ours.handle if ours else _OUR_HANDLE_ON_OUR_CLSACT if made else _OUR_HANDLE
+            if ours:
+                handle = ours.handle
+            elif name == GUARD:
+                handle = _GUARDS_HANDLE_ON_OUR_CLSACT if made else _GUARDS_HANDLE
+            else:
+                handle = _OUR_HANDLE_ON_OUR_CLSACT if made else _OUR_HANDLE
             message = _filter_message(index, direction, priority, handle, [("TCA_OPTIONS", {"attrs": options})])
             self._request(rtnl.RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_REPLACE, message)
         except NetlinkError as error:
@@ -205,13 +236,17 @@ class Netlink:
             self.detach(LOOPBACK)
 
     def attached(self, index: int) -> dict[Direction, str]:
-        """Names of our programs on this interface; empty also when the interface is gone."""
+        """Names of our programs on this interface, the guard aside; empty also when the interface is gone."""
         return {
-            direction: (entry.name or "").rpartition("#")[0]
+            direction: entry.program
             for direction in Direction
             for entry in self._filters(index, direction)
-            if entry.ours
+            if entry.ours and not entry.is_guard
         }
+
+    def guarded(self, index: int) -> bool:
+        """Whether the guard is at the egress of this interface."""
+        return any(entry.ours and entry.is_guard for entry in self._filters(index, Direction.EGRESS))
 
     def detach(self, index: int) -> None:
         """Remove our filters from this interface, and its clsact if we made it and nobody else uses it."""
@@ -220,7 +255,7 @@ class Netlink:
         ]
         for direction, entry in ours:
             self._remove(rtnl.RTM_DELTFILTER, _filter_message(index, direction, entry.priority, entry.handle))
-        made = any(entry.handle == _OUR_HANDLE_ON_OUR_CLSACT for _, entry in ours)
+        made = any(entry.on_our_clsact for _, entry in ours)
         if made and not any(self._filters(index, direction) for direction in Direction):
             self._remove(rtnl.RTM_DELQDISC, _clsact_message(index))
 
@@ -438,6 +473,26 @@ def _interface(link: Any, addresses: Iterable[IPv4Interface | IPv6Interface]) ->
         up=bool(link["flags"] & IFF_UP),
         loopback=bool(link["flags"] & IFF_LOOPBACK),
         addresses=tuple(addresses),
+        link_address=_link_address(link),
+    )
+
+
+def _link_address(link: Any) -> bytes:
+    if link["ifi_type"] != _ETHERNET:
+        return b""
+    return bytes.fromhex((link.get("address") or "").replace(":", ""))
+
+
+def _mark_rule(rule: Any) -> tuple[int, int, int, bool] | None:
+    mark = rule.get_attr("FRA_FWMARK")
+    if mark is None:
+        return None
+    mask = rule.get_attr("FRA_FWMASK")
+    return (
+        rule.get_attr("FRA_PRIORITY") or 0,
+        mark,
+        0xFFFFFFFF if mask is None else mask,
+        bool(rule["flags"] & _INVERTED),
     )
 
 

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from enforcer.audit_record import Kind, Report
-from enforcer.kernel_abi import MARK_SCOPE_MASK, MarkedScope, Protocol
+from enforcer.kernel_abi import Marks, Protocol
 from enforcer.ladder import AUDIT_GROUP
 from enforcer.nfnetlink import (
     ACK,
@@ -60,9 +60,11 @@ class RefusalReader:
     `lost` counts reports that nobody will see. Needs a running event loop.
     """
 
-    def __init__(self, callback: Callable[[list[Report]], None]) -> None:
+    def __init__(self, callback: Callable[[list[Report]], None], marks: Marks) -> None:
+        """`marks`: how the table's packets tell their scope."""
         self.lost = 0
         self._callback = callback
+        self._marks = marks
         self._expected: int | None = None  # the next report's number
         self._left = _REPORTS_A_SECOND  # that may still be read in this second
         self._second = 0.0
@@ -126,7 +128,7 @@ class RefusalReader:
                     self._left -= 1
                     attributes = message_attributes(body)
                     self._count(attributes)
-                    report = decode_report(attributes, time.time())
+                    report = decode_report(attributes, time.time(), self._marks)
                     if report is not None:
                         reports.append(report)
         if reports:
@@ -140,7 +142,7 @@ class RefusalReader:
             self._expected = number + 1
 
 
-def decode_report(attributes: dict[int, bytes], at: float) -> Report | None:
+def decode_report(attributes: dict[int, bytes], at: float, marks: Marks) -> Report | None:
     """One report; None for a packet that is too short to say where it went, or a rule that is not ours."""
     verb, _, scope = attributes.get(_PREFIX, b"").rstrip(b"\0").decode("ascii", "replace").partition(" ")
     packet = attributes.get(_PAYLOAD, b"")
@@ -157,7 +159,7 @@ def decode_report(attributes: dict[int, bytes], at: float) -> Report | None:
         source=source,
         destination=destination,
         forwarded=_INDEV in attributes or hook in (_HOOK_FORWARD, _HOOK_PREROUTING),
-        marked_scope=MarkedScope(int.from_bytes(attributes.get(_MARK, b""), "big") & MARK_SCOPE_MASK),
+        marked_scope=marks.scope(int.from_bytes(attributes.get(_MARK, b""), "big")),
         uid=int.from_bytes(attributes[_UID], "big") if _UID in attributes else None,
     )
 

@@ -16,9 +16,11 @@ _TYPE_MASK = 0x3FFF
 _STATUS = struct.Struct("=i")
 
 
-def request(kind: int, flags: int, attributes: bytes = b"", *, resource: int = 0, sequence: int = 0) -> bytes:
-    """A message to the kernel, of every family."""
-    body = _FAMILY.pack(0, 0, resource) + attributes
+def request(
+    kind: int, flags: int, attributes: bytes = b"", *, resource: int = 0, sequence: int = 0, family: int = 0
+) -> bytes:
+    """A message to the kernel; family 0 is every one."""
+    body = _FAMILY.pack(family, 0, resource) + attributes
     return _HEADER.pack(_HEADER.size + len(body), kind, flags | REQUEST, sequence, 0) + body
 
 

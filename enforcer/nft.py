@@ -20,8 +20,9 @@ from ipaddress import ip_address
 from types import TracebackType
 from typing import Any, Self
 
+from enforcer.kernel_abi import Marks
 from enforcer.ladder import Feature
-from enforcer.ruleset import BASE_CHAINS, LEARNED_SETS, REVOKED_SETS, TABLE, Element
+from enforcer.ruleset import BASE_CHAINS, LEARNED_SETS, REVOKED_SETS, TABLE, Element, marks_of
 
 # include/uapi/linux/netlink.h
 _NETLINK_NETFILTER = 12
@@ -135,6 +136,22 @@ class Nft:
             if _text(chain[_NFTA_TABLE]) == TABLE and _NFTA_CHAIN_HOOK in chain
         }
         return hooked.issuperset(BASE_CHAINS)
+
+    def listing(self) -> str:
+        """Every rule of every table as text, without the elements of sets. NftError."""
+        before = self._library.set_terse_output(True)
+        try:
+            status, text, message = self._library.cmd("list ruleset")
+        finally:
+            self._library.set_terse_output(before)
+        if status:
+            raise NftError(message.strip())
+        return str(text)
+
+    def marks(self) -> Marks | None:
+        """The bits of the mark that the table's rules read; None: it is a baseline, and nobody has set any yet."""
+        chains = self._dump(_NFT_MSG_GETCHAIN, b"")
+        return marks_of(_text(chain[_NFTA_CHAIN_NAME]) for chain in chains if _text(chain[_NFTA_TABLE]) == TABLE)
 
     def counters(self) -> dict[str, Counter]:
         """Every named counter of the table; empty without the table."""

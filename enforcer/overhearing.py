@@ -16,6 +16,7 @@ Addresses are the 16 bytes of kernel_abi.pack_address. Times are nanoseconds on 
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 
 from enforcer.dns_answer import ADDRESS_TYPES, DnsAnswer, DnsAnswerError, parse_answer
 from enforcer.kernel_abi import (
+    LOOPBACK_IFINDEX,
     MAX_QUERIES,
     MAX_WIRE_BYTES,
     QUERY_WINDOW_SECONDS,
@@ -40,7 +42,6 @@ _QUERY_WINDOW_NS = QUERY_WINDOW_SECONDS * _NANOSECONDS
 
 # --- packets, as in bpf/packet.h ---
 _DNS_PORT = 53
-_SHORTEST_PACKET = 40  # no UDP with a DNS message and no TCP is shorter
 _IPV4_HEADER_BYTES, _IPV6_HEADER_BYTES = 20, 40
 _UDP_HEADER_BYTES, _TCP_HEADER_BYTES = 8, 20
 _IPV4_MAPPED = bytes(10) + b"\xff\xff"
@@ -96,7 +97,8 @@ class _Segment:
     fragment: bool  # more follow
 
 
-_QueryKey = tuple[Protocol, bytes, bytes, int, bytes]  # protocol, resolver, client, client's port, transaction id
+# protocol, whether through lo, resolver, client, client's port, transaction id
+_QueryKey = tuple[Protocol, bool, bytes, bytes, int, bytes]
 
 
 class Overhearing:
@@ -117,12 +119,14 @@ class Overhearing:
         self._listed = listed
         self._permissions = permissions
         self._held = held
-        self._resolvers: frozenset[bytes] = frozenset()
+        self._trusted: frozenset[bytes] = frozenset()
+        self._retired: frozenset[bytes] = frozenset()
         self._queries: OrderedDict[_QueryKey, _Query] = OrderedDict()  # least recently asked first
 
-    def trust(self, resolvers: Iterable[Address]) -> None:
-        """Questions to these count from now on, and answers of these and no others."""
-        self._resolvers = frozenset(map(pack_address, resolvers))
+    def trust(self, resolvers: Iterable[Address], retired: Iterable[Address] = ()) -> None:
+        """Answers of these count from now on and no others; of `retired` those to questions that are under way."""
+        self._trusted = frozenset(map(pack_address, resolvers))
+        self._retired = frozenset(map(pack_address, retired)) - self._trusted
 
     def __len__(self) -> int:
         """Questions under way, and those that nobody answered."""
@@ -134,17 +138,18 @@ class Overhearing:
         if segment is None:
             return []
         if packet.leaving:
-            if segment.destination_port == _DNS_PORT and segment.destination in self._resolvers:
+            # Whoever is asked: a server may be trusted by the time it answers.
+            if segment.destination_port == _DNS_PORT and segment.destination not in self._retired:
                 self._remember(packet, segment)
             return []
         if segment.source_port != _DNS_PORT:
             return []
-        if segment.source not in self._resolvers:
-            self.outcomes[Outcome.UNTRUSTED] += 1
+        if segment.source not in self._trusted | self._retired:
+            self._pass_over(packet, segment)
             return []
         events = []
         for wire, whole in _messages(packet.data, segment):
-            outcome, tell = self._judge(wire, whole, segment, packet.at_ns)
+            outcome, tell = self._judge(wire, whole, segment, packet)
             self.outcomes[outcome] += 1
             if tell:
                 resolver = unpack_address(segment.source)
@@ -152,6 +157,12 @@ class Overhearing:
                     DnsEvent(packet.at_ns, packet.interface, whole, outcome, segment.protocol, 0, resolver, wire)
                 )
         return events
+
+    def _pass_over(self, packet: Packet, segment: _Segment) -> None:
+        """An answer that teaches nothing: its question is no longer under way, and leaves the place to others."""
+        self.outcomes[Outcome.UNTRUSTED] += 1
+        for wire, _ in itertools.islice(_messages(packet.data, segment), 1):
+            self._queries.pop(_query_key(packet, segment, wire), None)
 
     def _remember(self, packet: Packet, segment: _Segment) -> None:
         if segment.fragment:
@@ -168,22 +179,22 @@ class Overhearing:
             question = _question(wire, name[1])
             if question is None:
                 continue
-            key = segment.protocol, segment.destination, segment.source, segment.source_port, transaction
+            through_lo = packet.interface == LOOPBACK_IFINDEX
+            key = segment.protocol, through_lo, segment.destination, segment.source, segment.source_port, transaction
             self._queries[key] = _Query(question, packet.at_ns)
             self._queries.move_to_end(key)
             if len(self._queries) > MAX_QUERIES:
                 self._queries.popitem(last=False)
 
-    def _judge(self, wire: bytes, whole: int, segment: _Segment, now_ns: int) -> tuple[Outcome, bool]:
+    def _judge(self, wire: bytes, whole: int, segment: _Segment, packet: Packet) -> tuple[Outcome, bool]:
         """What becomes of one message of a trusted resolver, and whether the daemon has to read it."""
         if len(wire) < _HEADER.size:
             return Outcome.MALFORMED, False
-        transaction, flags, questions, _, _, _ = _HEADER.unpack_from(wire)
+        _, flags, questions, _, _, _ = _HEADER.unpack_from(wire)
         if not flags & _FLAG_ANSWER or flags & _FLAGS_OPCODE or questions != 1:
             return Outcome.MALFORMED, False
-        key = segment.protocol, segment.source, segment.destination, segment.destination_port, transaction
-        query = self._queries.pop(key, None)  # a second answer teaches nothing
-        if query is None or now_ns - query.asked_at_ns > _QUERY_WINDOW_NS:
+        query = self._queries.pop(_query_key(packet, segment, wire), None)  # a second answer teaches nothing
+        if query is None or packet.at_ns - query.asked_at_ns > _QUERY_WINDOW_NS:
             return Outcome.UNSOLICITED, False
         name = _read_name(wire)
         if name is None:
@@ -208,12 +219,18 @@ class Overhearing:
             answer = parse_answer(wire, unpack_address(segment.source))
         except DnsAnswerError:
             return Outcome.UNREADABLE, True  # no such message is known; the daemon asks for the name
-        entries = self._permissions(answer, now_ns / _NANOSECONDS)
+        entries = self._permissions(answer, packet.at_ns / _NANOSECONDS)
         if not entries:
             return Outcome.NO_ADDRESS, False
         if all(map(self._held, entries)):
             return Outcome.REPEATED, False
         return Outcome.LEARNED, True
+
+
+def _query_key(packet: Packet, segment: _Segment, answer: bytes) -> _QueryKey:
+    """Of the question that an answer answers."""
+    through_lo = packet.interface == LOOPBACK_IFINDEX
+    return segment.protocol, through_lo, segment.source, segment.destination, segment.destination_port, answer[:2]
 
 
 # --- packets ---------------------------------------------------------------------------------------------------------
@@ -223,9 +240,10 @@ def _field_16(data: bytes, at: int) -> int:
 
 def _read_packet(data: bytes) -> _Segment | None:
     """A packet of UDP or TCP whose ports can be read; None for every other, later fragments among them."""
-    if len(data) < _SHORTEST_PACKET:
+    version = data[0] >> 4 if data else 0
+    if len(data) < (_IPV4_HEADER_BYTES if version == 4 else _IPV6_HEADER_BYTES):
         return None
-    if data[0] >> 4 == 4:
+    if version == 4:
         at = (data[0] & 15) * 4
         fragmentation = _field_16(data, 6)
         if at < _IPV4_HEADER_BYTES or fragmentation & _IPV4_OFFSET_MASK:
@@ -234,7 +252,7 @@ def _read_packet(data: bytes) -> _Segment | None:
         number = data[9]
         end = _field_16(data, 2)
         source, destination = _IPV4_MAPPED + data[12:16], _IPV4_MAPPED + data[16:20]
-    elif data[0] >> 4 == 6:
+    elif version == 6:
         found = _pass_extensions(data)
         if found is None:
             return None

@@ -12,25 +12,34 @@ file, the line, what is wrong and what to write instead.
     name = "ecr"
     account = "123456789012"
     region = ["eu-west-1", "us-east-1"]
-    [scope]                                 # "strict": unlisted destinations on registry ports are refused; or "off"
-    containers = "strict"
+    [scope]                                 # "strict": unlisted destinations on registry ports are refused;
+    containers = "strict"                   # "registries": only what is recognised as a registry is; or "off"
     engines = "strict"
-    host = "off"                            # "strict" unless written otherwise where the host is WSL 2
+    host = "registries"                     # "strict" unless written otherwise where the host is WSL 2
     [[registry]]
     name = "corp"
     hosts = ["registry.corp.example", "*.blobs.corp.example"]
     ports = [443, 8443]                     # default [443]
     addresses = ["10.20.0.0/16"]            # reachable without a DNS answer; hosts or addresses, or both
-    [[destination]]                         # not a registry, yet reachable on registry ports
+    verify = "name"                         # clients must name a host of a rule (SNI, Host) where a name led them;
+                                            # "address": for clients that send no SNI, they may say what they like
+    [[destination]]                         # not a registry, yet reachable on registry ports; verify as above
     name = "mirror"
     hosts = ["packages.corp.example"]       # ports: by default the registry ports
+    [[proxy]]                               # a forward proxy: reachable, and what it is asked for must be allowed
+    name = "corp-proxy"
+    hosts = ["proxy.corp.example"]          # hosts or addresses, or both
+    ports = [3128]                          # no default
     [resolvers]
     trusted = ["auto"]                      # "auto": whatever this host uses; or addresses
+    dns_over_tls = "allow"                  # "refuse": containers reach port 853 of listed destinations only
     [refusal]
     message = "{organization} does not allow {name}; ask {contact} and give reference {reference}"
     ca = { certificate = "/etc/registry-enforcer/ca.crt", key = "/etc/registry-enforcer/ca.key" }  # says it over TLS
     [audit]
     file = "/var/log/registry-enforcer/audit.jsonl"  # beside standard output
+    [mark]
+    mask = 0xE0000000                       # the three bits of packet marks that nobody else on this host uses
 
 Everything is optional, and what is not allowed is refused: a policy without rules refuses every registry.
 """
@@ -57,7 +66,8 @@ from typing import TypeVar
 
 import idna
 
-from enforcer.kernel_abi import MAX_NAMES, MAX_PORTS_PER_NAME, MAX_RESOLVERS
+from enforcer import trusted_files
+from enforcer.kernel_abi import DEFAULT_MARKS, MARK_BITS, MAX_NAMES, MAX_PORTS_PER_NAME, MAX_RESOLVERS, Marks
 from enforcer.toml_lines import line_of
 
 Address = IPv4Address | IPv6Address
@@ -72,18 +82,35 @@ class Mode(enum.Enum):
 
 
 class Level(enum.Enum):
-    """How much of one scope's traffic the policy judges."""
+    """How much of one scope's traffic the policy judges; from the strictest to the most lenient."""
 
     STRICT = "strict"  # any unlisted destination on a registry port is refused
+    REGISTRIES = "registries"  # only what is recognised as a registry that no rule lists: honest clients are told
     OFF = "off"  # not judged
 
 
+class DnsOverTls(enum.Enum):
+    """What becomes of DNS over TLS and QUIC (RFC 7858, RFC 9250), from containers to servers that no rule lists."""
+
+    ALLOW = "allow"
+    REFUSE = "refuse"
+
+
 class RuleKind(enum.Enum):
-    """Where a rule comes from; it decides which ports are its default and whether private addresses count."""
+    """Where a rule comes from; it decides which ports are its default, whether private addresses count, and what its
+    names permit."""
 
     REGISTRY = "registry"  # the operator's own [[registry]]
     PRESET = "preset"  # a host list that ships with the program
     DESTINATION = "destination"  # not a registry, yet reachable on registry ports
+    PROXY = "proxy"  # a forward proxy: reachable, while its own name permits nothing that clients may ask for
+
+
+class Verify(enum.Enum):
+    """What a client has to say on a TCP connection to an address that a rule's names opened."""
+
+    NAME = "name"  # its first bytes name an allowed host, by SNI or Host: a shared address opens allowed names only
+    ADDRESS = "address"  # whatever it likes, nothing included: a shared address opens every name behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +139,9 @@ class Rule:
     kind: RuleKind
     hosts: tuple[HostPattern, ...]
     ports: tuple[int, ...]  # ascending, distinct; never empty
-    addresses: tuple[Network, ...] = ()  # reachable without a DNS answer
+    # Reachable without a DNS answer. No name led there, so none is asked for, and UDP may go there (not to a proxy).
+    addresses: tuple[Network, ...] = ()
+    verify: Verify = Verify.NAME  # of a proxy always NAME, and then of what the proxy is asked for
 
     @property
     def private_addresses(self) -> bool:
@@ -131,7 +160,8 @@ class Scope:
     @property
     def strictest(self) -> Level:
         """What holds for traffic whose scope is not known."""
-        return Level.STRICT if Level.STRICT in (self.containers, self.engines, self.host) else Level.OFF
+        levels = (self.containers, self.engines, self.host)
+        return next(level for level in Level if level in levels)  # Level is in this order
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +170,7 @@ class Resolvers:
 
     auto: bool  # whatever this host uses, followed as it changes
     addresses: tuple[Address, ...]  # and these
+    dns_over_tls: DnsOverTls = DnsOverTls.ALLOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +205,22 @@ class Policy:
     digest: str  # SHA-256 of the text, hex
     refusal: RefusalText = RefusalText()
     audit_file: Path | None = None  # beside standard output
+    marks: Marks = DEFAULT_MARKS
+    mark_line: int = 1  # of mark.mask, for whoever finds that it cannot be had; 1-based
+
+    @property
+    def proxy_addresses(self) -> Iterator[tuple[Network, int]]:
+        """Every listed (network, port) at which a forward proxy answers."""
+        for rule in self.rules:
+            if rule.kind is RuleKind.PROXY:
+                yield from itertools.product(rule.addresses, rule.ports)
+
+    @property
+    def container_ports(self) -> tuple[int, ...]:
+        """Where connections of containers are judged; ascending, distinct."""
+        if self.resolvers.dns_over_tls is DnsOverTls.ALLOW:
+            return self.ports
+        return tuple(sorted({*self.ports, DNS_OVER_TLS_PORT}))
 
 
 class Reason(enum.Enum):
@@ -186,6 +233,7 @@ class Reason(enum.Enum):
     UNLISTED_NAME = "unlisted-name"
     UNLISTED_ADDRESS = "unlisted-address"  # no rule lists it, and no trusted answer for a listed name held it
     UNLISTED_PORT = "unlisted-port"  # a rule has the name or address, on other ports
+    UNNAMED = "unnamed"  # the address was opened by a name, and the client asked for none there, or hid it
 
     @property
     def allows(self) -> bool:
@@ -224,10 +272,11 @@ MAX_MESSAGE_CHARACTERS = 500
 REFUSAL_PLACEHOLDERS = ("name", "address", "port", "organization", "contact", "reference")
 REGISTRY_PORTS: tuple[int, ...] = (443, 5000)
 RULE_PORTS: tuple[int, ...] = (443,)
+DNS_OVER_TLS_PORT = 853
 
 _DEFAULT = 'presets = ["docker-hub"]\n'
 _TOP_KEYS = ("organization", "contact", "mode", "ports", "presets", "preset", "scope", "registry", "destination",
-             "resolvers", "refusal", "audit")  # fmt: skip
+             "proxy", "resolvers", "refusal", "audit", "mark")  # fmt: skip
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 # Underscores are no host name's (RFC 952), but occur in DNS names that engines do ask for.
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
@@ -256,6 +305,8 @@ def parse(text: str | bytes, source: str, *, wsl: bool = False) -> Policy:
     document = _toml(text, source)
     try:
         policy = _policy(document, source, hashlib.sha256(wire).hexdigest(), wsl)
+        if policy.marks != DEFAULT_MARKS:
+            policy = replace(policy, mark_line=line_of(text, ("mark", "mask")))
         if policy.refusal.ca is None:
             return policy
         ca = replace(policy.refusal.ca, line=line_of(text, ("refusal", "ca")))
@@ -269,12 +320,15 @@ def default_policy(*, wsl: bool = False) -> Policy:
     return parse(_DEFAULT, "the built-in default", wsl=wsl)
 
 
-def read_policy(path: Path, *, wsl: bool = False) -> Policy:
-    """Parse a policy file; the one function of the core that opens a file the caller names, so that every program
-    words an unreadable file alike. PolicyError as `parse`."""
+def read_policy(path: Path, *, wsl: bool = False, trusting: bool = False) -> Policy:
+    """Parse a policy file that nobody could have written but root or who runs this; PolicyError as `parse`.
+
+    `trusting`: whoever wrote it.
+    """
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_POLICY_BYTES + 1)
+        text = trusted_files.read(path, MAX_POLICY_BYTES + 1, trusting=trusting)
+    except trusted_files.UntrustedError as error:
+        raise PolicyError(str(path), 1, error.problem, error.advice) from None
     except OSError as error:
         raise PolicyError(
             str(path), 1, f"cannot be read: {error.strerror or error}", "name a TOML file that this user may read"
@@ -358,19 +412,21 @@ def _toml(text: str, source: str) -> Table:
 def _policy(document: Table, source: str, digest: str, wsl: bool) -> Policy:
     table = _table(document, *_TOP_KEYS)
     ports = _read(table, "ports", _ports, REGISTRY_PORTS)
-    scope = functools.partial(_scope, host_default=Level.STRICT if wsl else Level.OFF)
+    read_scope = functools.partial(_scope, host_default=Level.STRICT if wsl else Level.REGISTRIES)
+    scope = _read(table, "scope", read_scope, read_scope({}))
     return Policy(
         organization=_read(table, "organization", _sentence, "your organization"),
         contact=_read(table, "contact", _sentence, "your administrator"),
         mode=_read(table, "mode", _choice(Mode), Mode.ENFORCE),
         ports=ports,
-        scope=_read(table, "scope", scope, scope({})),
+        scope=scope,
         rules=_rules(table, ports),
-        resolvers=_read(table, "resolvers", _resolvers, _resolvers({})),
+        resolvers=_read(table, "resolvers", functools.partial(_resolvers, scope=scope), Resolvers(True, ())),
         source=source,
         digest=digest,
         refusal=_read(table, "refusal", _refusal, RefusalText()),
         audit_file=_read(table, "audit", _audit_file, None),
+        marks=_read(table, "mark", _mark, DEFAULT_MARKS),
     )
 
 
@@ -503,8 +559,16 @@ def _scope(value: object, host_default: Level) -> Scope:
     )
 
 
-def _resolvers(value: object) -> Resolvers:
-    return _read(_table(value, "trusted"), "trusted", _trusted, Resolvers(auto=True, addresses=()))
+def _resolvers(value: object, scope: Scope) -> Resolvers:
+    table = _table(value, "trusted", "dns_over_tls")
+    dns_over_tls = _read(table, "dns_over_tls", _choice(DnsOverTls), DnsOverTls.ALLOW)
+    if dns_over_tls is DnsOverTls.REFUSE and scope.containers is Level.OFF:
+        raise _UnplacedError(
+            'dns_over_tls = "refuse" is for containers, and their scope is off',
+            'write containers = "strict" under [scope], or remove this line',
+        ).inside("dns_over_tls")
+    trusted = _read(table, "trusted", _trusted, Resolvers(auto=True, addresses=()))
+    return replace(trusted, dns_over_tls=dns_over_tls)
 
 
 def _trusted(value: object) -> Resolvers:
@@ -568,6 +632,23 @@ def _audit_file(value: object) -> Path | None:
     return None if path is None else Path(path)
 
 
+def _mark(value: object) -> Marks:
+    return _read(_table(value, "mask"), "mask", _mask, DEFAULT_MARKS)
+
+
+def _mask(value: object) -> Marks:
+    example = f"such as {DEFAULT_MARKS.mask:#010x}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _UnplacedError(f"{_shown(value)} is not a number", f"write the mask without quotes, {example}")
+    try:
+        return Marks(value)
+    except ValueError:
+        raise _UnplacedError(
+            f"{value:#x} is not a mask of {MARK_BITS} bits",
+            f"write one with {MARK_BITS} of 32 bits set that nobody else uses, {example}",
+        ) from None
+
+
 def _absolute_path(value: object) -> str:
     path = _string(value)
     if not path.startswith("/") or not path.isprintable():
@@ -577,11 +658,13 @@ def _absolute_path(value: object) -> str:
 
 def _rules(table: Table, registry_ports: tuple[int, ...]) -> tuple[Rule, ...]:
     placed: list[tuple[Rule, tuple[str | int, ...]]] = list(_preset_rules(table))
-    for key, kind, ports in (
-        ("registry", RuleKind.REGISTRY, RULE_PORTS),
-        ("destination", RuleKind.DESTINATION, registry_ports),
-    ):
-        rules = _list(table, key, functools.partial(_rule, kind=kind, default_ports=ports), f"[[{key}]]")
+    readers: tuple[tuple[str, Callable[[object], Rule]], ...] = (
+        ("registry", functools.partial(_rule, kind=RuleKind.REGISTRY, default_ports=RULE_PORTS)),
+        ("destination", functools.partial(_rule, kind=RuleKind.DESTINATION, default_ports=registry_ports)),
+        ("proxy", _proxy),
+    )
+    for key, reader in readers:
+        rules = _list(table, key, reader, f"[[{key}]]")
         placed += [(rule, (key, position, "name")) for position, rule in enumerate(rules)]
     names: set[str] = set()
     patterns: set[HostPattern] = set()
@@ -599,17 +682,45 @@ def _rules(table: Table, registry_ports: tuple[int, ...]) -> tuple[Rule, ...]:
 
 
 def _rule(value: object, kind: RuleKind, default_ports: tuple[int, ...]) -> Rule:
-    table = _table(value, "name", "hosts", "ports", "addresses")
+    table = _table(value, "name", "hosts", "ports", "addresses", "verify")
     rule = Rule(
         name=_require(table, "name", _rule_name, '"corp"'),
         kind=kind,
-        hosts=tuple(dict.fromkeys(_list(table, "hosts", _host, 'hosts = ["registry.example.com"]'))),
+        hosts=_hosts(table, "registry.example.com"),
         ports=_read(table, "ports", _ports, default_ports),
-        addresses=tuple(dict.fromkeys(_list(table, "addresses", _network, 'addresses = ["10.20.0.0/16"]'))),
+        addresses=_addresses(table, "10.20.0.0/16"),
+        verify=_read(table, "verify", _choice(Verify), Verify.NAME),
     )
     if not rule.hosts and not rule.addresses:
         raise _UnplacedError(f"{_shown(rule.name)} permits nothing", 'add hosts = ["registry.example.com"]')
+    if not rule.hosts and "verify" in table:
+        raise _UnplacedError(
+            "verify says nothing without hosts", "remove it: at listed addresses clients may name any host"
+        ).inside("verify")
     return rule
+
+
+def _proxy(value: object) -> Rule:
+    # No verify: whoever may ask a proxy for anything may reach everything.
+    table = _table(value, "name", "hosts", "ports", "addresses")
+    rule = Rule(
+        name=_require(table, "name", _rule_name, '"corp-proxy"'),
+        kind=RuleKind.PROXY,
+        hosts=_hosts(table, "proxy.example.com"),
+        ports=_require(table, "ports", _ports, "[3128]"),
+        addresses=_addresses(table, "10.20.0.7"),
+    )
+    if not rule.hosts and not rule.addresses:
+        raise _UnplacedError(f"{_shown(rule.name)} is nowhere", 'add hosts = ["proxy.example.com"]')
+    return rule
+
+
+def _hosts(table: Table, example: str) -> tuple[HostPattern, ...]:
+    return tuple(dict.fromkeys(_list(table, "hosts", _host, f'hosts = ["{example}"]')))
+
+
+def _addresses(table: Table, example: str) -> tuple[Network, ...]:
+    return tuple(dict.fromkeys(_list(table, "addresses", _network, f'addresses = ["{example}"]')))
 
 
 def _rule_name(value: object) -> str:
@@ -825,8 +936,10 @@ class NameIndex:
         return tuple({rule.name: rule for rule, _ in self.covering(name)}.values())
 
     def judge(self, name: str, port: int) -> Verdict:
-        """What the policy says to a registry port of `name`, whatever its addresses are."""
-        rules = self.match(name)
+        """What the policy says to a client that names a host and port (by SNI, Host or CONNECT), whatever the
+        addresses of `name` are. That a forward proxy has the name says nothing here: it is where to ask, not for what.
+        """
+        rules = [rule for rule in self.match(name) if rule.kind is not RuleKind.PROXY]
         for rule in rules:
             if port in rule.ports:
                 return Verdict(rule.name, Reason.LISTED_NAME)
@@ -844,20 +957,50 @@ class NamePermission:
     ports: tuple[int, ...]  # of all rules that cover the pattern; ascending, the MAX_PORTS_PER_NAME lowest
     private_addresses: bool  # only if every one of those rules allows them: the kernel permits no more than Python
     rules: tuple[str, ...]  # their names, the most specific pattern's first
+    # Of `ports`, which together they make up; one port may be in each of these.
+    named_ports: frozenset[int]  # clients may name it with: those of rules other than proxies
+    address_ports: frozenset[int]  # clients may say what they like at its addresses: some rule's verify says so
+    proxy_ports: frozenset[int]  # a forward proxy answers at its addresses: what it is asked for is judged
+
+    @property
+    def verify_address(self) -> bool:
+        """Whether some port of its addresses is for clients that name no host."""
+        return bool(self.address_ports)
+
+    @property
+    def proxy(self) -> bool:
+        """Whether a forward proxy answers at some port of its addresses."""
+        return bool(self.proxy_ports)
 
 
 def name_permissions(policy: Policy) -> Iterator[NamePermission]:
     """One permission for each distinct pattern of the policy."""
     index = NameIndex(policy)
-    combined: dict[tuple[str, ...], tuple[tuple[int, ...], bool]] = {}  # of 100,000 names few rules are the sources
+    combined: dict[tuple[str, ...], NamePermission] = {}  # of 100,000 names few rules are the sources
     for pattern in dict.fromkeys(host for rule in policy.rules for host in rule.hosts):
         rules = {rule.name: rule for rule, _ in index.covering(pattern.name, wildcard=pattern.wildcard)}
         names = tuple(rules)
         if names not in combined:
-            ports = sorted({port for rule in rules.values() for port in rule.ports})
-            private_addresses = all(rule.private_addresses for rule in rules.values())
-            combined[names] = tuple(ports[:MAX_PORTS_PER_NAME]), private_addresses
-        yield NamePermission(pattern, *combined[names], names)
+            combined[names] = _combined(pattern, rules)
+        yield replace(combined[names], pattern=pattern)
+
+
+def _combined(pattern: HostPattern, rules: Mapping[str, Rule]) -> NamePermission:
+    """What `rules`, which are those that cover `pattern`, permit together."""
+    ports = tuple(sorted({port for rule in rules.values() for port in rule.ports}))[:MAX_PORTS_PER_NAME]
+
+    def of(which: Callable[[Rule], bool]) -> frozenset[int]:
+        return frozenset(ports).intersection(port for rule in rules.values() if which(rule) for port in rule.ports)
+
+    return NamePermission(
+        pattern=pattern,
+        ports=ports,
+        private_addresses=all(rule.private_addresses for rule in rules.values()),
+        rules=tuple(rules),
+        named_ports=of(lambda rule: rule.kind is not RuleKind.PROXY),
+        address_ports=of(lambda rule: rule.verify is Verify.ADDRESS),
+        proxy_ports=of(lambda rule: rule.kind is RuleKind.PROXY),
+    )
 
 
 def pattern_id(pattern: HostPattern) -> int:

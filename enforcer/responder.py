@@ -1,8 +1,9 @@
 """Answers refused clients in their own protocol: a TLS alert, an HTTP 403, or the latter over TLS.
 
 It serves redirected connections only, whose original destination conntrack remembers, and never connects anywhere. What
-it holds is bounded whatever clients do: the number of clients (the oldest goes), the bytes and the reads of each, and
-the time. A client that is refused here was refused by the ruleset before; when this ends, it is reset instead.
+it holds is bounded whatever clients do: the number of clients (of the address that has most, the oldest goes, so that
+one container's crowd costs the others nothing), the bytes and the reads of each, and the time. A client that is refused
+here was refused by the ruleset before; when this ends, it is reset instead.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from enforcer.denial import (
     refusal_sentence,
 )
 from enforcer.kernel_abi import Protocol
-from enforcer.policy import NameIndex, Policy
+from enforcer.policy import Address, NameIndex, Policy
 from enforcer.ruleset import CountedScope
 
 # Privileged, so that no other user's program takes the port while the daemon is away, and assigned to nobody by IANA.
@@ -72,6 +73,7 @@ class Responder:
         self._policy = policy
         self._report = report
         self._clients: dict[_Client, None] = {}  # undecided ones and those that read their answer, the oldest first
+        self._crowds: dict[Address, dict[_Client, None]] = {}  # the same by address
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __enter__(self) -> Self:
@@ -108,7 +110,7 @@ class Responder:
                     continue  # that connection's fault, accept(2)
                 if not self._clients:
                     return
-                self._drop_oldest()
+                self._make_room()
                 continue
             connection.setblocking(False)
             try:
@@ -117,13 +119,14 @@ class Responder:
                 connection.close()
                 continue
             if len(self._clients) >= MAX_CLIENTS:
-                self._drop_oldest()
+                self._make_room()
             client = _Client(self, connection, source, destination, scope)
             self._clients[client] = None
+            self._crowds.setdefault(source[0], {})[client] = None
 
-    def _drop_oldest(self) -> None:
-        oldest = next(iter(self._clients))
-        oldest.drop()
+    def _make_room(self) -> None:
+        largest: dict[_Client, None] = max(self._crowds.values(), key=len)
+        next(iter(largest)).drop()
 
     # --- what clients call -------------------------------------------------------------------------------------------
     def refuse(self, client: _Client, name: str | None, answered: Answered) -> str:
@@ -145,7 +148,12 @@ class Responder:
 
     def gone(self, client: _Client) -> None:
         """Forget a client whose socket is closed."""
-        self._clients.pop(client, None)
+        if client in self._clients:
+            del self._clients[client]
+            crowd = self._crowds[client.source[0]]
+            del crowd[client]
+            if not crowd:
+                del self._crowds[client.source[0]]
 
     def start(self, work: Awaitable[None]) -> None:
         """Run something for a client that takes more than a moment."""

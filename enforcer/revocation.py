@@ -63,13 +63,13 @@ def _networks(policy: Policy) -> list[tuple[str, tuple[Network, ...], tuple[int,
 
 
 def _judged(policy: Policy, port: int) -> bool:
-    return port in policy.ports or (policy.scope.engines is Level.STRICT and port != DNS_PORT)
+    return port in policy.container_ports or (policy.scope.engines is Level.STRICT and port != DNS_PORT)
 
 
 def _judges_more(before: Policy, after: Policy) -> bool:
     scopes = zip(*((p.scope.containers, p.scope.engines, p.scope.host) for p in (before, after)), strict=True)
     return (
         before.mode is Mode.OBSERVE
-        or any(old is Level.OFF and new is Level.STRICT for old, new in scopes)
-        or not set(after.ports) <= set(before.ports)
+        or any(old is not Level.STRICT and new is Level.STRICT for old, new in scopes)
+        or not set(after.container_ports) <= set(before.container_ports)
     )

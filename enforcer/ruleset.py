@@ -2,8 +2,9 @@
 
 Absence of permission is refusal. What leaves this host through an interface that is not known to be internal, on a
 registry port, in a scope that the policy judges, needs one of three permissions: an address that a trusted DNS answer
-taught (sets `learned4` and `learned6`), an address that the policy names, or the vouching bit that BPF set in the mark
-(TCP only: on an unconnected UDP socket the mark lags one packet behind the destination).
+taught (sets `learned4` and `learned6`), an address that the policy names, or the vouching bit that BPF set in the mark.
+UDP needs the second: nobody can check the server name of QUIC, and on an unconnected socket the mark lags one packet
+behind the destination.
 
 Every text here is one transaction, and every one may be applied over what is there: the table's rules are replaced as
 a whole while learned elements and counters stay, and no packet meets a half-built table.
@@ -22,9 +23,9 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, collapse_addresses
 
-from enforcer.kernel_abi import MARK_SCOPE_MASK, MARK_VOUCHED, MarkedScope, Protocol
+from enforcer.kernel_abi import DEFAULT_MARKS, MarkedScope, Marks, Protocol
 from enforcer.ladder import AUDIT_GROUP, Capabilities, Feature, Origin
-from enforcer.policy import Address, Level, Mode, Network, Policy, Rule
+from enforcer.policy import Address, Level, Mode, Network, Policy, Rule, RuleKind
 
 TABLE = "registry_enforcer"  # family inet
 BASE_CHAINS = ("forward", "output", "postrouting")
@@ -32,7 +33,11 @@ LEARNED_SETS = ("learned4", "learned6")
 REVOKED_SETS = ("revoked4", "revoked6")
 REVOKED_SECONDS = 432_000  # nf_conntrack_tcp_timeout_established: what is silent for longer is new to the kernel
 SET_SIZE = 262_144  # elements; the kernel refuses a transaction that would exceed it
+# Twice what the memory holds: within a transaction what makes room is still there when the others come.
+LEARNED_SET_SIZE = 524_288
 LOG_PREFIX = "registry-enforcer: "
+_MARKS_NOTE = "marks_"  # and the mask: an empty chain, since every kernel has those
+_NO_MARKS_NOTE = "unmarked"  # the baseline's, and then beside the daemon's: flushing a table leaves its chains
 _COMMENT_BYTES = 100  # nft takes 128 with the terminating NUL; the rule's kind goes before the name
 
 # What nft's quoted strings carry literally: they know no escapes, and a trailing * would be a wildcard.
@@ -142,7 +147,7 @@ add table inet {TABLE}
 flush table inet {TABLE}
 
 table inet {TABLE} {{
-{_lines(_sets(capabilities), 1)}
+{_marks_note(policy.marks, capabilities)}{_lines(_sets(capabilities), 1)}
 {_lines(_counters(capabilities), 1)}
 {_responder_chains(policy, capabilities, responder)}
 	# Containers, and whatever else this host routes. Destinations are translated before this priority.
@@ -156,9 +161,9 @@ table inet {TABLE} {{
 	# Sockets of this host, by the scope that the connect hooks stamped into the mark.
 	chain output {{
 		type filter hook output priority filter + 10; policy accept;
-{_lines(_output(capabilities, responder))}
+{_lines(_output(policy.marks, capabilities, responder))}
 	}}
-
+{_own_mark(policy.marks, capabilities, cgroups)}
 	# What output could not know: where a translated or re-routed packet of this host really leaves. Only a drop is
 	# possible here.
 	chain postrouting {{
@@ -180,7 +185,7 @@ table inet {TABLE} {{
 
 	# Each judge accepts, or returns what is to be refused.
 	chain judge_local {{
-{_lines(_judge_local(capabilities, cgroups))}
+{_lines(_judge_local(policy.marks, capabilities))}
 	}}
 
 {_judges(policy, capabilities)}
@@ -205,13 +210,36 @@ table inet {TABLE} {{
 {render_internal(internal, capabilities, responder, host_loopback)}"""
 
 
+def marks_of(chains: Iterable[str]) -> Marks | None:
+    """The bits of the mark that a table of these chains reads; None: it is a baseline, and nobody has set any yet."""
+    names = set(chains)
+    noted = (name.removeprefix(_MARKS_NOTE) for name in names if name.startswith(_MARKS_NOTE))
+    return next((Marks(int(mask, 16)) for mask in noted), None if _NO_MARKS_NOTE in names else DEFAULT_MARKS)
+
+
 # --- the parts of the table ------------------------------------------------------------------------------------------
+def _marks_note(marks: Marks, capabilities: Capabilities) -> str:
+    if not capabilities.learning:
+        return f"""\
+	# Says to the daemon that nobody has set marks yet: it may take the bits that its policy says.
+	chain {_NO_MARKS_NOTE} {{
+	}}
+
+"""
+    return f"""\
+	# Says which bits of the mark are ours, to the next daemon: it must not read them otherwise.
+	chain {_MARKS_NOTE}{marks.mask:08x} {{
+	}}
+
+"""
+
+
 def _sets(capabilities: Capabilities) -> Iterator[str]:
     dynamic = "dynamic, timeout" if Feature.DYNAMIC_SETS in capabilities.features else "timeout"
     if capabilities.remembers:
         yield "# Addresses and ports that trusted DNS answers taught, each with its own lifetime."
-        yield f"set learned4 {{ type ipv4_addr . inet_service; flags timeout; size {SET_SIZE}; }}"
-        yield f"set learned6 {{ type ipv6_addr . inet_service; flags timeout; size {SET_SIZE}; }}"
+        yield f"set learned4 {{ type ipv4_addr . inet_service; flags timeout; size {LEARNED_SET_SIZE}; }}"
+        yield f"set learned6 {{ type ipv6_addr . inet_service; flags timeout; size {LEARNED_SET_SIZE}; }}"
         yield ""
         yield "# Addresses and ports whose permission was taken back: every packet to them is judged, not the first of"
         yield "# a connection. Deleting conntrack entries instead would let the far end's next packet begin one."
@@ -254,12 +282,68 @@ def _counters(capabilities: Capabilities) -> Iterator[str]:
                     yield f"counter {counter_name(mode, counted, protocol)} {{ }}"
 
 
-def _output(capabilities: Capabilities, responder: Responder | None) -> Iterator[str]:
+def _asks_sockets(capabilities: Capabilities) -> bool:
+    """Whether the table knows a socket's scope from what its packets carry."""
+    stamped = capabilities.scopes_in_nft or Origin.LOCAL in capabilities.marked
+    return Feature.SOCKET in capabilities.features and stamped
+
+
+def _own_mark(marks: Marks, capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> str:
+    if not _asks_sockets(capabilities):
+        return ""
+    if capabilities.scopes_in_nft:
+        rules = [
+            "# No connect hook stamps sockets: their cgroup tells the scope, the deepest that is known.",
+            *_mark_by_cgroup(marks, cgroups),
+        ]
+    else:
+        rules = [
+            "# A control message may have given the packet another one, or somebody's rule; on unconnected UDP it is",
+            "# that of the packet before.",
+            *_mark_by_socket(marks),
+        ]
+    return f"""
+	# Our bits of a packet's mark, from its socket, of which postrouting may not ask.
+	chain own_mark {{
+{_lines(rules)}
+	}}
+"""
+
+
+def _mark_by_socket(marks: Marks) -> Iterator[str]:
+    bits = [1 << number for number in range(32) if marks.mask >> number & 1]
+    for bit in bits:
+        yield f"socket mark & {bit:#010x} == {bit:#010x} meta mark set meta mark | {bit:#010x}"
+    for bit in bits:
+        yield f"socket mark & {bit:#010x} == 0 meta mark set meta mark & {0xFFFFFFFF ^ bit:#010x}"
+
+
+def _mark_by_cgroup(marks: Marks, cgroups: Iterable[tuple[str, MarkedScope]]) -> Iterator[str]:
+    others = f"{0xFFFFFFFF ^ marks.mask:#010x}"
+    for path, scope in sorted(cgroups, key=lambda each: (-each[0].count("/"), each)):
+        if _CGROUP_PATH.fullmatch(path):
+            told = f'socket cgroupv2 level {path.count("/") + 1} "{path}"'
+            yield f"{told} meta mark set meta mark & {others} | {marks.of(scope):#010x} return"
+    yield f"meta mark set meta mark & {others} | {marks.of(MarkedScope.HOST):#010x}"
+
+
+def _restore_mark(marks: Marks, capabilities: Capabilities) -> Iterator[str]:
+    if not _asks_sockets(capabilities):
+        return
+    if capabilities.scopes_in_nft:
+        yield f"meta mark set meta mark & {0xFFFFFFFF ^ marks.mask:#010x}"
+    yield "# Where there is a socket: looking for one that has gone crashed kernels before 5.18."
+    yield "meta skuid >= 0 jump own_mark"
+
+
+def _output(marks: Marks, capabilities: Capabilities, responder: Responder | None) -> Iterator[str]:
+    if Feature.CT in capabilities.features:
+        yield "jump never_judged"
+    yield from _restore_mark(marks, capabilities)
     if Feature.CT not in capabilities.features:
         yield "# Whether a packet was translated is not known, and so not where it leaves: postrouting judges."
         yield "accept"
         return
-    yield "jump never_judged"
     if responder is not None:
         yield "# A socket bound to an interface sends there what was redirected, too, and would wait for an answer."
         yield "# Over IPv6 it does: no error finds its way back to it."
@@ -298,18 +382,12 @@ def _never_judged(capabilities: Capabilities) -> Iterator[str]:
         yield "jump internal"
 
 
-def _judge_local(capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> Iterator[str]:
-    if capabilities.scopes_in_nft:
-        yield "# No connect hook stamps sockets: their cgroup tells the scope, the deepest that is known."
-        for path, scope in sorted(cgroups, key=lambda each: (-each[0].count("/"), each)):
-            if _CGROUP_PATH.fullmatch(path):
-                level = path.count("/") + 1
-                yield f'socket cgroupv2 level {level} "{path}" goto judge_{scope.name.lower()}'
-        yield 'socket cgroupv2 level 0 "." goto judge_host'
-    elif Origin.LOCAL in capabilities.marked:
+def _judge_local(marks: Marks, capabilities: Capabilities) -> Iterator[str]:
+    if Origin.LOCAL in capabilities.marked or capabilities.scopes_in_nft:
         yield "# No verdict map: while the table is replaced, the elements of the old map are gone before its rule is."
         for scope in (MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER):
-            yield f"meta mark & {MARK_SCOPE_MASK:#010x} == {scope:#010x} goto judge_{scope.name.lower()}"
+            told = f"meta mark & {marks.scope_mask:#010x} == {marks.of(scope):#010x}"
+            yield f"{told} goto judge_{scope.name.lower()}"
     yield "goto judge_unknown"
 
 
@@ -317,10 +395,11 @@ def _judges(policy: Policy, capabilities: Capabilities) -> str:
     scope = policy.scope
     judge = functools.partial(_judge, policy.mode, capabilities)
     other_ports = list(_other_ports("th", policy.ports, capabilities))
+    container_other_ports = list(_other_ports("th", policy.container_ports, capabilities))
     engine_other_ports = ["tcp dport 53 accept", *_other_ports("udp", policy.ports, capabilities)]
     return f"""\
 	chain judge_container {{
-{_lines(judge(scope.containers, CountedScope.CONTAINER, other_ports))}
+{_lines(judge(scope.containers, CountedScope.CONTAINER, container_other_ports))}
 	}}
 
 	# An engine talks to registries only, on whatever port: every TCP port but DNS counts.
@@ -340,14 +419,16 @@ def _judges(policy: Policy, capabilities: Capabilities) -> str:
 
 def _permitted(policy: Policy, capabilities: Capabilities) -> Iterator[str]:
     if capabilities.remembers:
-        yield "ip daddr . th dport @learned4 accept"
-        yield "ip6 daddr . th dport @learned6 accept"
+        yield "# What a name taught is for TCP: which host behind the address QUIC asks for cannot be read."
+        yield "ip daddr . tcp dport @learned4 accept"
+        yield "ip6 daddr . tcp dport @learned6 accept"
     if capabilities.marked:
         yield "# BPF vouches for the first packets, before the sets hold the address. Never for UDP: on an unconnected"
         yield "# socket the mark is that of the packet before."
         yield "# For a SYN only: the socket keeps its mark, and must not outlive a permission that was taken back."
         only = _only(capabilities.marked)
-        yield f"{only}{_SYN} meta mark & {MARK_VOUCHED:#010x} == {MARK_VOUCHED:#010x} goto vouched"
+        vouched = f"{policy.marks.vouched:#010x}"
+        yield f"{only}{_SYN} meta mark & {vouched} == {vouched} goto vouched"
     for rule in policy.rules:
         yield from _rule_addresses(rule, capabilities)
 
@@ -406,10 +487,10 @@ def _responder_chains(policy: Policy, capabilities: Capabilities, responder: Res
 		type nat hook prerouting priority dstnat + 10; policy accept;
 		meta l4proto != tcp accept
 		{_NO_SYN} accept
-		tcp dport != {_ports(policy.ports)} accept
+		tcp dport != {_ports(policy.container_ports)} accept
 		meta nfproto ipv4 iifname != @answered4 accept
 		meta nfproto ipv6 iifname != @answered6 accept
-{_lines(_seen_by_the_gate(capabilities))}
+{_lines(_seen_by_the_gate(policy.marks, capabilities))}
 		fib daddr type != unicast accept
 		fib daddr . mark oifname @internal_routes accept
 		{_REDIRECT_LIMIT}
@@ -418,25 +499,26 @@ def _responder_chains(policy: Policy, capabilities: Capabilities, responder: Res
 	}}
 	chain redirect_local {{
 		type nat hook output priority -90; policy accept;
-{_lines(_redirect_local(responder))}
+{_lines(_redirect_local(policy.marks, responder, capabilities))}
 	}}
 """
 
 
-def _seen_by_the_gate(capabilities: Capabilities) -> Iterator[str]:
+def _seen_by_the_gate(marks: Marks, capabilities: Capabilities) -> Iterator[str]:
     if Origin.FORWARDED in capabilities.vouched:
         yield "# Whether anybody vouches is not known before BPF has seen the packet: on a bridge's port, where"
         yield "# br_netfilter calls this chain, it may not be attached yet."
-        yield f"meta mark & {MARK_SCOPE_MASK:#010x} != {MarkedScope.CONTAINER:#010x} accept"
+        yield f"meta mark & {marks.scope_mask:#010x} != {marks.of(MarkedScope.CONTAINER):#010x} accept"
 
 
-def _redirect_local(responder: Responder) -> Iterator[str]:
+def _redirect_local(marks: Marks, responder: Responder, capabilities: Capabilities) -> Iterator[str]:
     if responder.local:
         yield "meta l4proto != tcp accept"
         yield f"{_NO_SYN} accept"
         yield "oifname @internal accept"
         yield _HOST_LOOPBACK
         yield _REDIRECT_LIMIT
+        yield from _restore_mark(marks, capabilities)
         yield "jump judge_local"
         yield f"meta l4proto tcp redirect to :{responder.port}"
 
@@ -483,13 +565,11 @@ def _replace_rules(chain: str, rules: Iterable[str]) -> str:
     return f"flush chain inet {TABLE} {chain}\n" + "".join(added)
 
 
-def render_cgroups(capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> str:
+def render_cgroups(marks: Marks, capabilities: Capabilities, cgroups: Iterable[tuple[str, MarkedScope]]) -> str:
     """Has scopes told by these cgroups from now on; empty where nftables does not tell them."""
     if not capabilities.scopes_in_nft:
         return ""
-    return _replace_rules(
-        "judge_local", (line for line in _judge_local(capabilities, cgroups) if not line.startswith("#"))
-    )
+    return _replace_rules("own_mark", _mark_by_cgroup(marks, cgroups))
 
 
 def render_elements(permit: Iterable[Element], withdraw: Iterable[tuple[Address, int]]) -> str:
@@ -538,8 +618,9 @@ def render_removal() -> str:
 def _judge(
     mode: Mode, capabilities: Capabilities, level: Level, scope: CountedScope, out_of_scope: Iterable[str]
 ) -> Iterator[str]:
-    if level is Level.OFF:
-        yield "accept # off in the policy"
+    if level is not Level.STRICT:
+        elsewhere = ", and BPF refuses what it recognises as one" if level is Level.REGISTRIES else ""
+        yield f"accept # {level.value} in the policy{elsewhere}"
         return
     features = capabilities.features
     yield from out_of_scope
@@ -569,6 +650,7 @@ def _only(origins: Collection[Origin], among: Collection[Origin] = frozenset(Ori
 
 def _rule_addresses(rule: Rule, capabilities: Capabilities) -> Iterator[str]:
     comment = f"{rule.kind.value} {_printable(rule.name)}"[:_COMMENT_BYTES]
+    transport = "tcp" if rule.kind is RuleKind.PROXY else "th"
     # nft takes overlapping networks for a mistake ("conflicting intervals").
     ipv4 = collapse_addresses(network for network in rule.addresses if isinstance(network, IPv4Network))
     ipv6 = collapse_addresses(network for network in rule.addresses if isinstance(network, IPv6Network))
@@ -580,7 +662,7 @@ def _rule_addresses(rule: Rule, capabilities: Capabilities) -> Iterator[str]:
             one_of, ports = addresses, list(map(str, rule.ports))
         for address in one_of:
             for port in ports:
-                yield f'{keyword} daddr {address} th dport {port} accept comment "{comment}"'
+                yield f'{keyword} daddr {address} {transport} dport {port} accept comment "{comment}"'
 
 
 def _other_ports(protocol: str, ports: Iterable[int], capabilities: Capabilities) -> Iterator[str]:

@@ -1,24 +1,31 @@
 """The state file: what was learned, for after a reboot. Between restarts of the daemon the kernel itself remembers.
 
-The file is a hint, never an authority: whoever reads it asks the policy about every entry again. It is written whole
-beside the old one and renamed over it, so a full disk or a crash leaves the old one. Times in it are Unix seconds.
+The file is a hint, never an authority: whoever reads it asks the policy about every entry again. Even so it is believed
+only where root alone could have written it. It is written whole beside the old one and renamed over it, so a full disk
+or a crash leaves the old one. Times in it are Unix seconds.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
+from enforcer import trusted_files
 from enforcer.policy import Address, HostPattern, host_pattern
+from enforcer.trusted_files import UntrustedError
 
 FILE_NAME = "learned.json"
 VERSION = 1
 MAX_BYTES = 128 << 20  # more than the largest memory takes; a larger file is not ours
+
+
+MAX_NAME = (
+    1_100  # 253 characters, each as backslash and three digits (RFC 1035 section 5.1), and a wildcard's beginning
+)
 
 
 class StateError(Exception):
@@ -37,8 +44,8 @@ class SavedAddress:
     expires_at: float  # Unix seconds
 
 
-def save(state_dir: Path, entries: Iterable[SavedAddress]) -> None:
-    """Replace the file in `state_dir` (made if missing, mode 0700); StateError leaves the old one."""
+def render(entries: Iterable[SavedAddress]) -> bytes:
+    """The content of the file."""
     document = {
         "version": VERSION,
         "learned": [
@@ -46,15 +53,15 @@ def save(state_dir: Path, entries: Iterable[SavedAddress]) -> None:
             for entry in entries
         ],
     }
-    new = state_dir / f"{FILE_NAME}.new"
+    return json.dumps(document).encode()
+
+
+def save(state_dir: Path, entries: Iterable[SavedAddress]) -> None:
+    """Replace the file in `state_dir` (made if missing, mode 0700); StateError leaves the old one."""
     try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new.unlink(missing_ok=True)
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as file:
-            json.dump(document, file)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(state_dir / FILE_NAME)
+        trusted_files.replace(state_dir / FILE_NAME, (render(entries),), make=True)
+    except UntrustedError as error:
+        raise StateError(f"{state_dir / FILE_NAME} is not written: {error}") from None
     except OSError as error:
         raise StateError(f"{state_dir / FILE_NAME} cannot be written: {error.strerror}") from None
 
@@ -62,49 +69,52 @@ def save(state_dir: Path, entries: Iterable[SavedAddress]) -> None:
 def load(state_dir: Path) -> list[SavedAddress]:
     """What the file holds; empty without a file.
 
-    StateError if it is damaged or somebody else could have written it; it is then set aside as FILE.bad.
+    StateError if it is damaged, or somebody else could have written it; it is then set aside as FILE.bad.
     """
     path = state_dir / FILE_NAME
     try:
-        text = _read(path)
-        return [] if text is None else _parse(text)
+        text = trusted_files.read(path, MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"longer than {MAX_BYTES} bytes")
+        return parse(text)
+    except FileNotFoundError:
+        return []
+    except UntrustedError as error:
+        problem = error.problem
     except OSError as error:
         problem = error.strerror or str(error)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except ValueError as error:
         problem = f"damaged: {error}"
-    aside = path.with_name(f"{FILE_NAME}.bad")
+    aside = f"{FILE_NAME}.bad"
     try:
-        path.replace(aside)
+        with trusted_files.directory(state_dir) as parent:
+            os.replace(FILE_NAME, aside, src_dir_fd=parent, dst_dir_fd=parent)
+    except UntrustedError:
+        raise StateError(f"{path}: {problem}") from None  # it would be moved at the other's bidding
     except OSError as error:
         raise StateError(f"{path}: {problem}; it cannot be set aside: {error.strerror}") from None
-    raise StateError(f"{path}: {problem}; set aside as {aside.name}")
+    raise StateError(f"{path}: {problem}; set aside as {aside}")
 
 
-def _read(path: Path) -> str | None:
+def parse(text: bytes) -> list[SavedAddress]:
+    """The entries of what `render` wrote; ValueError, and nothing else, for whatever else it is."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise ValueError("not a file that this user alone may write")
-        if status.st_size > MAX_BYTES:
-            raise ValueError(f"{status.st_size} bytes")
-        return file.read().decode()
+        document = json.loads(text)
+        if document["version"] != VERSION:
+            raise ValueError(f"version {str(document['version'])[:20]!r} is not {VERSION}")
+        return [_entry(*fields) for fields in document["learned"]]
+    except (TypeError, KeyError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
-def _parse(text: str) -> list[SavedAddress]:
-    document = json.loads(text)
-    if document["version"] != VERSION:
-        raise ValueError(f"version {document['version']!r} is not {VERSION}")
-    entries = []
-    for address, port, name, rule, pattern, expires_at in document["learned"]:
-        if not (
-            all(isinstance(field, str) for field in (address, name, rule, pattern))
-            and isinstance(port, int)
-            and isinstance(expires_at, int)
-        ):
-            raise TypeError("an entry's field has another type than it should")
-        entries.append(SavedAddress(ip_address(address), port, name, rule, host_pattern(pattern), expires_at))
-    return entries
+def _entry(
+    address: object, port: object, name: object, rule: object, pattern: object, expires_at: object
+) -> SavedAddress:
+    """Nothing that a packet, a set of nftables or a terminal could not hold."""
+    if not (isinstance(address, str) and isinstance(name, str) and isinstance(rule, str) and isinstance(pattern, str)):
+        raise TypeError("an entry's field is no string")
+    if type(port) is not int or not 0 < port < 1 << 16 or type(expires_at) is not int or not 0 < expires_at < 1 << 40:
+        raise TypeError("an entry's port or time is none")
+    if "%" in address or len(name) > MAX_NAME or not (name + rule).isprintable():
+        raise ValueError("an entry's address or name is none")
+    return SavedAddress(ip_address(address), port, name, rule, host_pattern(pattern), expires_at)

@@ -45,6 +45,7 @@ class Interface:
     up: bool = True
     loopback: bool = False
     addresses: tuple[IPv4Interface | IPv6Interface, ...] = ()
+    link_address: bytes = b""  # of an Ethernet device: 6 bytes; empty: its packets begin with the network header
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,11 @@ class AttachmentPlan:
     gate: frozenset[int]  # indexes: packets from containers get their mark here; disjoint from `learn`
     own_ranges: tuple[Network, ...]  # collapsed; an answer that names one of these teaches nothing
     unlearnable: tuple[tuple[Address, str], ...]  # trusted resolvers whose answers cannot teach, and why
+
+    @property
+    def uplinks(self) -> tuple[Interface, ...]:
+        """What leaves this host leaves through one of these."""
+        return tuple(entry.interface for entry in self.roles if entry.role is Role.UPLINK)
 
     @property
     def internal(self) -> frozenset[str]:

@@ -139,6 +139,7 @@ def _maps() -> Iterator[MemoryMap]:
     )
     yield MemoryMap("programs", kernel_abi.COMM_BYTES, 4, kernel_abi.MAX_PROGRAM_NAMES)
     yield MemoryMap("cgroups", 8, 4, kernel_abi.MAX_CGROUPS)
+    yield MemoryMap("levels", 4, 4, kernel_abi.SCOPES)
     yield MemoryMap(
         "connects", kernel_abi.CONNECT_KEY.size, kernel_abi.CONNECT.size, kernel_abi.MAX_CONNECTS, Full.EVICTS
     )

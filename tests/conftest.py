@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import pytest
 
+from tests.attacks import Catalogue
+
 _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
 
 # Where the machine's own settings would send the lab's clients elsewhere than a test says.
@@ -27,7 +29,11 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 _ACCEPTED_SKIPS: tuple[str, ...] = ()
 
 
+_catalogue = Catalogue()
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_catalogue)
     for name in (*_REDIRECTING, *_PROXIES, *(proxy.upper() for proxy in _PROXIES)):
         os.environ.pop(name, None)
 
@@ -50,6 +56,13 @@ def _refuse_skip(report: _Report) -> _Report:
         report.outcome = "failed"
         report.longrepr = f"skipped, and CI accepts no skip for this reason: {reason}"
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if tried := _catalogue.tried():
+        terminalreporter.section("attacks")
+        for words in sorted(tried):
+            terminalreporter.write_line(tried[words].line(words))
 
 
 @pytest.hookimpl(wrapper=True)

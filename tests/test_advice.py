@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enforcer.advice import Explanation, explain, parse_subject, presets_with, warnings
-from enforcer.policy import Address, NameIndex, Policy, Reason, default_policy, load_preset, parse, preset_names
+from enforcer.policy import (
+    Address,
+    Level,
+    NameIndex,
+    Policy,
+    Reason,
+    Scope,
+    default_policy,
+    load_preset,
+    parse,
+    preset_names,
+)
 
 POLICY = """\
 organization = "Example Corp"
@@ -119,14 +130,80 @@ def test_a_port_that_is_not_a_registry_port_is_not_judged_except_for_engines() -
     assert told("evil.test:22", POLICY + '[scope]\nengines = "off"').next_steps == ()
 
 
+def test_dns_over_tls_is_explained_as_refused_where_the_policy_refuses_it() -> None:
+    host_too = POLICY + '[scope]\nhost = "strict"\n'
+    assert told("198.18.9.9:853", host_too).reason is Reason.NOT_JUDGED
+    explanation = told("198.18.9.9:853", host_too + '[resolvers]\ndns_over_tls = "refuse"\n')
+    assert explanation.reason is Reason.UNLISTED_ADDRESS
+    assert "it is refused for containers and engines." in explanation.sentence
+
+
 def test_who_is_refused_depends_on_the_scopes() -> None:
     assert "it is refused for containers and engines." in told("evil.test").sentence
     assert (
         "for containers, engines and this host's programs."
         in told("evil.test", POLICY + '[scope]\nhost = "strict"').sentence
     )
-    off = told("evil.test", POLICY + '[scope]\ncontainers = "off"\nengines = "off"')
+    off = told("evil.test", POLICY + '[scope]\ncontainers = "off"\nengines = "off"\nhost = "off"')
     assert (off.reason, off.next_steps) == (Reason.NOT_JUDGED, ())
+
+
+ALL = "containers, engines and this host's programs"
+
+
+def test_a_registry_of_the_catalogue_is_refused_to_the_lenient_too() -> None:
+    known = told("quay.io")
+    assert known.sentence == f"quay.io is not listed by any rule of policy.toml: it is refused for {ALL}."
+    assert "This host's programs are refused it, on whatever port, as a registry" in steps(known)
+    assert "known by its name: Quay." in steps(known)
+    elsewhere = told("quay.io:8443")
+    assert (elsewhere.allowed, elsewhere.reason) == (False, Reason.UNLISTED_NAME)
+    assert "it is refused for this host's programs." in elsewhere.sentence
+    assert "Engines" in steps(elsewhere)
+    assert told("ghcr.io:8443").reason is Reason.UNLISTED_PORT  # listed, and known for a registry
+    assert told("registry.corp.example:22").reason is Reason.NOT_JUDGED
+    other = told("evil.test")
+    assert other.sentence.endswith("it is refused for containers and engines.")
+    assert "This host's programs may reach it, but for the registry protocol" in steps(other)
+    for level in ("strict", "off"):
+        assert "his host's programs" not in steps(told("evil.test", f'{POLICY}[scope]\nhost = "{level}"'))
+
+
+def test_where_nobody_is_strict_only_what_is_recognised_is_refused() -> None:
+    lenient = POLICY + '[scope]\ncontainers = "registries"\nengines = "registries"'
+    known = told("quay.io:443", lenient)
+    assert (known.allowed, known.reason) == (False, Reason.UNLISTED_NAME)
+    assert f"it is refused for {ALL}." in known.sentence
+    for subject in ("evil.test", "evil.test:443", "evil.test:8443", "192.0.2.1", "192.0.2.1:443"):
+        other = told(subject, lenient)
+        assert (other.allowed, other.reason) == (True, Reason.NOT_JUDGED)
+        assert f"{ALL} are refused only what is recognised as a registry." in other.sentence
+    assert told("ghcr.io", lenient).reason is Reason.LISTED_NAME
+
+
+PROXY = '[[proxy]]\nname = "corp-proxy"\nhosts = ["proxy.corp.example"]\naddresses = ["10.30.0.7"]\nports = [3128]\n'
+
+
+def test_a_proxy_is_told_as_one() -> None:
+    explanation = told("proxy.corp.example", POLICY + PROXY)
+    assert explanation.sentence == (
+        'proxy.corp.example is allowed on port 3128 by proxy "corp-proxy", which lists proxy.corp.example.'
+    )
+    assert "forward proxy" in explanation.next_steps[-1]
+    assert "forward proxy" not in steps(told("ghcr.io", POLICY + PROXY))
+    assert "forward proxy" in steps(told("10.30.0.7:3128", POLICY + PROXY))
+    refused = told("proxy.corp.example:443", POLICY + PROXY)
+    assert (refused.allowed, refused.reason) == (False, Reason.UNLISTED_PORT)
+    assert told("proxy.corp.example:443", f"{POLICY}{PROXY}{toml_in(refused.next_steps[-1])}\n").allowed
+
+
+def test_a_rule_that_verifies_addresses_only_is_told_as_such() -> None:
+    lenient = POLICY.replace(
+        'hosts = ["packages.corp.example"]', 'hosts = ["packages.corp.example"]\nverify = "address"'
+    )
+    assert "clients may ask for any name" in steps(told("packages.corp.example", lenient))
+    assert "clients may ask for any name" not in steps(told("packages.corp.example"))
+    assert "clients may ask for any name" not in steps(told("registry.corp.example", lenient))
 
 
 def test_in_observe_mode_the_policy_refuses_and_the_connection_is_let_through() -> None:
@@ -303,7 +380,12 @@ def test_a_policy_that_means_what_it_says_has_no_warnings() -> None:
     ("policy", "warning"),
     [
         (replace(default_policy(), rules=()), "it allows nothing"),
-        (parse('presets = ["ghcr"]\n[scope]\nengines = "off"\ncontainers = "off"', "p"), "every scope is off"),
+        (replace(default_policy(), scope=Scope(Level.OFF, Level.OFF, Level.OFF)), "every scope is off"),
+        (parse('presets = ["ghcr"]\n[scope]\nengines = "registries"', "p"), "engines may reach every registry that"),
+        (
+            parse('[[registry]]\nname = "a"\nhosts = ["a.b"]\nverify = "address"', "p"),
+            'rule "a" has verify = "address"',
+        ),
         (parse('presets = ["ghcr"]\nports = [5000]', "p"), "443 is not among the registry ports"),
         (parse('[[registry]]\nname = "a"\nhosts = ["*.com"]', "p"), 'rule "a" allows *.com'),
         (parse('presets = ["google"]', "p"), "other people's content too, as storage.googleapis.com"),

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -41,7 +42,7 @@ from enforcer.audit_record import (
 from enforcer.auditing import NAME_SECONDS, REPORT_SECONDS, Auditor
 from enforcer.cli import EXIT_NOT_RUNNING, main
 from enforcer.denial import Answered, Refusal
-from enforcer.kernel_abi import MarkedScope, Protocol
+from enforcer.kernel_abi import DEFAULT_MARKS, MarkedScope, Protocol
 from enforcer.nft import Nft
 from enforcer.policy import PolicyError, Reason, parse
 from enforcer.ruleset import CountedScope
@@ -348,7 +349,7 @@ def in_namespace(action: Callable[[], None]) -> None:
 def syn(family: socket.AddressFamily, address: str, scope: MarkedScope, port: int = 443) -> None:
     with socket.socket(family) as sock:
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, scope)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", DEFAULT_MARKS.of(scope)))
         sock.connect_ex((address, port))
 
 
@@ -361,7 +362,7 @@ async def later(condition: Callable[[], object], seconds: float = 5) -> None:
 
 async def reported(expected: int, reports: list[Report], send: Callable[[], None]) -> int:
     """How many were lost on the way to `reports`."""
-    with nflog.RefusalReader(reports.extend) as reader:
+    with nflog.RefusalReader(reports.extend, DEFAULT_MARKS) as reader:
         send()
         await later(lambda: len(reports) >= expected)
         return reader.lost
@@ -402,7 +403,7 @@ def test_reports_beyond_the_bound_are_counted_as_lost(monkeypatch: pytest.Monkey
     reports: list[Report] = []
 
     async def act() -> None:
-        with nflog.RefusalReader(reports.extend) as reader:
+        with nflog.RefusalReader(reports.extend, DEFAULT_MARKS) as reader:
             for _ in range(2_000):
                 syn(socket.AF_INET, "198.51.100.7", MarkedScope.CONTAINER)
             deadline = time.monotonic() + 5
@@ -424,8 +425,12 @@ def test_reports_beyond_the_bound_are_counted_as_lost(monkeypatch: pytest.Monkey
 @pytest.mark.root
 def test_second_listener_is_told_so() -> None:
     async def act() -> None:
-        second = nflog.RefusalReader(lambda _: None)
-        with nflog.RefusalReader(lambda _: None), pytest.raises(nflog.NflogError, match="not permitted"), second:
+        second = nflog.RefusalReader(lambda _: None, DEFAULT_MARKS)
+        with (
+            nflog.RefusalReader(lambda _: None, DEFAULT_MARKS),
+            pytest.raises(nflog.NflogError, match="not permitted"),
+            second,
+        ):
             pass
 
     in_namespace(lambda: asyncio.run(act()))
@@ -433,8 +438,8 @@ def test_second_listener_is_told_so() -> None:
 
 @given(prefix=st.binary(max_size=40), packet=st.binary(max_size=64), mark=st.binary(max_size=8))
 def test_any_report_is_read_or_passed_over(prefix: bytes, packet: bytes, mark: bytes) -> None:
-    nflog.decode_report({10: b"refused container\0", 9: packet, 2: mark[:4], 1: b""}, AT)
-    assert nflog.decode_report({10: prefix + b"!\0", 9: packet}, AT) is None
+    nflog.decode_report({10: b"refused container\0", 9: packet, 2: mark[:4], 1: b""}, AT, DEFAULT_MARKS)
+    assert nflog.decode_report({10: prefix + b"!\0", 9: packet}, AT, DEFAULT_MARKS) is None
 
 
 # --- what meets ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ from enforcer.authority import (
     create,
     may_sign,
 )
+from enforcer.denial import TlsHello, read_request
 from enforcer.policy import AuthorityFiles, HostPattern, host_pattern
+from tests.test_denial import hello_with, server_name
 
 ALLOWED = tuple(map(host_pattern, ("registry.corp.example", "*.blobs.corp.example", "docker.io", "*.docker.io")))
 
@@ -270,3 +272,16 @@ def test_names_are_judged_while_others_are_signed(files: AuthorityFiles) -> None
             await asyncio.gather(authority.context(f"n{n}.example"), authority.context("docker.io"))
 
     asyncio.run(scenario())
+
+
+# --- what clients name -----------------------------------------------------------------------------------------------
+HOSTILE = ("a..b", "_", "0", "a" * 253, "a" * 64 + ".b", "1.2.3", "0x7f.1", "1.2.3.4.5", "xn--a", "a-.-b", "a._.b")
+
+
+@pytest.mark.parametrize("wire", HOSTILE, ids=lambda wire: wire[:20])
+def test_no_name_that_a_client_may_give_raises(files: AuthorityFiles, wire: str) -> None:
+    """What a task of the responder raises ends the daemon."""
+    hello = hello_with(server_name(wire.encode()))
+    found = read_request(hello)
+    assert found == TlsHello(wire)
+    assert isinstance(asyncio.run(Authority(files).context(wire)), ssl.SSLContext)

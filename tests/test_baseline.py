@@ -8,20 +8,21 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
 from enforcer import baseline, control, nft
-from enforcer.kernel_abi import MARK_VOUCHED, MarkedScope
+from enforcer.kernel_abi import DEFAULT_MARKS, MarkedScope, Marks
 from enforcer.policy import Policy, PolicyError, parse
-from enforcer.ruleset import TABLE, Element, render_elements
+from enforcer.ruleset import TABLE, Element, render_elements, render_ruleset
 from tests.namespaces import inside, ip, new_namespace, path_of, run
 
 pytestmark = pytest.mark.root
 
-UNLISTED, LISTED = "198.51.100.20", "198.51.100.30"
+UNLISTED, LISTED, PROXY = "198.51.100.20", "198.51.100.30", "198.51.100.40"
 TEXT = f"""
 [scope]
 {{scopes}}
@@ -29,6 +30,10 @@ TEXT = f"""
 name = "corp"
 hosts = ["registry.corp.example"]
 addresses = ["{LISTED}"]
+[[proxy]]
+name = "proxy"
+addresses = ["{PROXY}"]
+ports = [443]
 """
 RIGHT = parse(TEXT.format(scopes=""), "policy")
 OBSERVING = parse('mode = "observe"\n', "policy")
@@ -86,10 +91,21 @@ def test_only_what_is_listed_by_address_passes_whoever_asks(host: Host) -> None:
     assert "refuses what policy does not list by address" in host.lay(RIGHT)
     for scope in MarkedScope:
         # Nobody sets marks yet, so they say nothing: neither whose a socket is, nor that its address was learned.
-        assert not host.reaches(UNLISTED, mark=scope | MARK_VOUCHED)
-        assert host.reaches(LISTED, mark=scope)
+        assert not host.reaches(UNLISTED, mark=DEFAULT_MARKS.of(scope) | DEFAULT_MARKS.vouched)
+        assert host.reaches(LISTED, mark=DEFAULT_MARKS.of(scope))
     assert not host.reaches(UNLISTED, 5000)
+    assert not host.reaches(PROXY)  # what it is asked for is read when the daemon is there
     assert host.reaches(UNLISTED, 8443)  # no registry port
+
+
+def test_policy_that_was_put_right_may_have_any_mask(host: Host) -> None:
+    with inside(host.namespace), pytest.raises(PolicyError):
+        baseline.lay(host.run_dir, wrong)
+    with inside(host.namespace), nft.Nft() as firewall:
+        assert firewall.marks() is None  # so the daemon does not compare it with its own
+        masked = replace(RIGHT, marks=Marks(0x700))
+        firewall.apply(render_ruleset(masked, replace(baseline.CAPABILITIES, learning=True), internal=()))
+        assert firewall.marks() == masked.marks
 
 
 def test_what_observes_does_so_from_the_beginning(host: Host) -> None:

@@ -23,6 +23,7 @@ import pytest
 from enforcer import bpf, kernel_abi
 from enforcer.bpf import CgroupHook, KernelState, Loader
 from enforcer.enforcement import name_map
+from enforcer.kernel_abi import LEARNED
 from enforcer.policy import parse
 
 pytestmark = pytest.mark.root
@@ -207,7 +208,7 @@ def described(state: KernelState) -> tuple[dict[str, tuple[int, ...]], dict[str,
 
 def assert_only_variants_refused(report: bpf.LoadReport) -> None:
     """Before 6.10 they are."""
-    assert [symbol for symbol in report.refused if not symbol.endswith("_pidns")] == []
+    assert [symbol for symbol in report.refused if not symbol.endswith(("_pidns", "_netns"))] == []
 
 
 def test_both_loaders_bring_the_same_maps_and_programs(bpffs: Path) -> None:
@@ -231,8 +232,10 @@ def test_legacy_build_has_the_same_maps_and_programs_but_perf_events(bpffs: Path
     with KernelState(report) as legacy, KernelState(bpf.load(bpffs, loader=loader, inputs=inputs)) as state:
         assert state.report.clock == time.CLOCK_BOOTTIME
         (maps, programs), (legacy_maps, legacy_programs) = described(state), described(legacy)
+    del programs["setsockopt"]  # which would break iptables there
     assert legacy_programs == programs
-    assert maps.pop("events") != legacy_maps.pop("events")
+    for ring in "events", "endings":
+        assert maps.pop(ring) != legacy_maps.pop(ring)
     assert legacy_maps == maps
 
 
@@ -262,6 +265,74 @@ def test_same_build_is_adopted_with_what_its_maps_hold(bpffs: Path, unit: Inputs
     with KernelState(second) as state:
         assert state.maps["names"].lookup(names_key("registry.test")) == name_rule(7)
         assert {program.id for program in state.programs.values()} == ids
+
+
+def pin_a_map_like(state: KernelState, path: Path) -> None:
+    like = state.maps["names"]
+    no_preallocation = 1  # BPF_F_NO_PREALLOC, which an LPM trie wants
+    layout = bpf.packed("IIIII", like.type, like.key_size, like.value_size, like.max_entries, no_preallocation)
+    fd = bpf.call(bpf._MAP_CREATE, layout)
+    bpf.pin(fd, path)
+    os.close(fd)
+
+
+def pin_another_program(state: KernelState, path: Path) -> None:
+    bpf.pin(state.programs["gate"].fd, path)
+
+
+@pytest.mark.parametrize(
+    ("place", "replace"),
+    [
+        ("maps/names", pin_a_map_like),
+        ("programs/learn", pin_another_program),
+        ("programs/learn", lambda _state, _path: None),
+        ("programs/of_mine", pin_another_program),
+    ],
+    ids=["map", "program", "missing", "additional"],
+)
+def test_pins_that_were_replaced_are_not_adopted(
+    bpffs: Path,
+    unit: Inputs,
+    caplog: pytest.LogCaptureFixture,
+    place: str,
+    replace: Callable[[KernelState, Path], None],
+) -> None:
+    inputs = unit(Loader.LIBBPF)
+    with KernelState(bpf.load(bpffs, inputs=inputs)) as state:
+        state.maps["names"].update(names_key("registry.test"), name_rule(7))
+        path = state.report.generation / place
+        path.unlink(missing_ok=True)
+        replace(state, path)
+        with pytest.raises(bpf.ForeignPinError, match=place):
+            KernelState(state.report)
+    again = bpf.load(bpffs, inputs=inputs)
+    assert not again.adopted
+    assert f"{place} below" in caplog.text
+    with KernelState(again) as state:
+        assert state.maps["names"].lookup(names_key("registry.test")) is None
+    assert bpf.load(bpffs, inputs=inputs).adopted
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o777], ids=["of another", "of all"])
+def test_a_directory_that_somebody_else_made_first_is_not_used_nor_cleared(bpffs: Path, mode: int) -> None:
+    path = bpffs / "registry-enforcer"
+    path.mkdir()
+    path.chmod(mode)
+    os.chown(path, 65_533 if mode == 0o700 else 0, -1)
+    victim = bpffs / "victim"
+    (victim / "maps").mkdir(parents=True)
+    (path / "generation-0").symlink_to(victim)
+    for use in (lambda: bpf.ensure_bpffs(path), lambda: bpf.remove(path, NO_CGROUP)):
+        with pytest.raises(bpf.BpfError, match=rf"{path} .*; ch(own|mod) .*, or name another --bpffs"):
+            use()
+    assert (victim / "maps").is_dir()
+    path.chmod(0o700)
+    os.chown(path, 0, -1)
+    (path / "generation-0").unlink()
+    assert not bpf.ensure_bpffs(path)
+    path.rmdir()
+    (victim / "maps").rmdir()
+    victim.rmdir()
 
 
 def test_another_build_is_loaded_beside_and_only_the_old_one_removed(bpffs: Path, unit: Inputs) -> None:
@@ -348,6 +419,23 @@ def test_objects_of_an_installed_package_come_before_those_of_a_checkout(
         assert bpf.build_inputs(Loader.LIBBPF)[0] == tmp_path / directory / "enforcer.bpf.o"
 
 
+@pytest.mark.parametrize("loader", Loader)
+def test_loader_has_nothing_of_our_environment(
+    bpffs: Path, unit: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: Loader
+) -> None:
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    marker = tmp_path / "marker"
+    (hostile / "sitecustomize.py").write_text(f"open({str(marker)!r}, 'w')")
+    for name in ("PYTHONPATH", "PATH", "TMPDIR", "LD_LIBRARY_PATH", "BCC_KERNEL_SOURCE", "LIBBPF_LOG_LEVEL"):
+        monkeypatch.setenv(name, str(hostile))
+    assert bpf.load(bpffs, loader=loader, inputs=unit(loader)).programs
+    assert not marker.exists()
+    assert list(hostile.iterdir()) == [hostile / "sitecustomize.py"]
+    subprocess.run([sys.executable, "-c", ""], check=True)
+    assert marker.exists()
+
+
 def test_file_that_is_no_object_is_named(bpffs: Path, tmp_path: Path) -> None:
     (tmp_path / "enforcer.bpf.o").write_text("not ELF")
     with pytest.raises(bpf.BpfError, match=r"enforcer\.bpf\.o is not a BPF object"):
@@ -393,9 +481,9 @@ def test_element_is_found_replaced_and_deleted(kernel: KernelState) -> None:
     learned = kernel.maps["learned"]
     key, other = learned_key(1), learned_key(2)
     assert learned.lookup(key) is None
-    learned.update(key, bytes(16))
-    learned.update(key, b"\1" * 16)
-    assert learned.lookup(key) == b"\1" * 16
+    learned.update(key, bytes(LEARNED.size))
+    learned.update(key, b"\1" * LEARNED.size)
+    assert learned.lookup(key) == b"\1" * LEARNED.size
     assert learned.lookup(other) is None
     assert not learned.delete(other)
     assert learned.delete(key)
@@ -406,7 +494,7 @@ def test_element_is_found_replaced_and_deleted(kernel: KernelState) -> None:
 @pytest.mark.parametrize("count", [0, 1, 5_000])
 def test_many_elements_come_back_once_each(kernel: KernelState, count: int) -> None:
     names = {names_key(f"h{number}.test"): name_rule(number) for number in range(count)}
-    learned = {learned_key(number): number.to_bytes(16, "little") for number in range(count)}
+    learned = {learned_key(number): number.to_bytes(LEARNED.size, "little") for number in range(count)}
     for name, wanted in ("names", names), ("learned", learned):
         kernel.maps[name].update_many(wanted.items())
         found = list(kernel.maps[name].items())
@@ -417,8 +505,8 @@ def test_many_elements_come_back_once_each(kernel: KernelState, count: int) -> N
 @pytest.mark.usefixtures("old_or_new_kernel")
 def test_replace_all_deletes_what_is_not_wanted(kernel: KernelState) -> None:
     learned = kernel.maps["learned"]
-    learned.update_many((learned_key(number), bytes(16)) for number in range(100))
-    wanted = {learned_key(number): b"\2" * 16 for number in range(90, 110)}
+    learned.update_many((learned_key(number), bytes(LEARNED.size)) for number in range(100))
+    wanted = {learned_key(number): b"\2" * LEARNED.size for number in range(90, 110)}
     learned.replace_all(wanted)
     assert dict(learned.items()) == wanted
     learned.clear()
@@ -448,10 +536,10 @@ def test_key_or_value_of_a_wrong_size_is_refused(kernel: KernelState) -> None:
     learned = kernel.maps["learned"]
     with pytest.raises(ValueError, match="key of 19 bytes, not 20"):
         learned.lookup(bytes(19))
-    with pytest.raises(ValueError, match="value of 17 bytes, not 16"):
+    with pytest.raises(ValueError, match="value of 17 bytes, not 32"):
         learned.update(bytes(20), bytes(17))
     with pytest.raises(ValueError, match="key of 21 bytes, not 20"):
-        learned.update_many([(bytes(21), bytes(16))])
+        learned.update_many([(bytes(21), bytes(LEARNED.size))])
     assert list(learned.items()) == []
 
 
@@ -489,7 +577,7 @@ def test_policy_of_100000_names_is_parsed_and_loaded_in_under_three_seconds(kern
 
 def test_packet_run_returns_verdict_mark_and_packet(kernel: KernelState) -> None:
     run = bpf.run_packet(kernel.programs["gate"], FRAME, mark=5, repeat=10)
-    assert (run.verdict, run.mark, run.packet) == (3, kernel_abi.MARK_VOUCHED | 5, FRAME)
+    assert (run.verdict, run.mark, run.packet) == (3, kernel_abi.DEFAULT_MARKS.vouched | 5, FRAME)
     assert bpf.run_packet(kernel.programs["learn"], FRAME, mark=5).mark == 5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -19,6 +20,7 @@ import pytest
 
 from enforcer import control
 
+OTHER = 65_533
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 HOLDER = """
 import contextlib, ctypes, os, signal, sys, time
@@ -67,6 +69,10 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     if request.get("command") != "status":
         raise ValueError("unknown command")
     return {"state": "enforcing"}
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def ask_raw(run_dir: Path, line: bytes) -> bytes:
@@ -152,7 +158,7 @@ def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / control.LOCK_NAME).symlink_to(victim)
-    with pytest.raises(OSError, match="symbolic links"), control.hold(run_dir):
+    with pytest.raises(control.RunDirectoryError, match="symbolic links"), control.hold(run_dir):
         pass
     assert victim.read_text() == "precious"
 
@@ -211,3 +217,167 @@ def test_name_that_nobody_listens_at_is_no_daemon(tmp_path: Path, caplog: pytest
         with control.hold(tmp_path / "two"):
             pass
     assert "not root, or is in a container" in caplog.text
+
+
+# --- who asks, and how -----------------------------------------------------------------------------------------------
+@pytest.mark.root
+@pytest.mark.parametrize(("owner", "mode"), [(OTHER, 0o700), (0, 0o777), (0, 0o1777)])
+def test_a_run_directory_that_others_may_write_is_refused_with_what_to_do(
+    tmp_path: Path, owner: int, mode: int
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    run_dir.chmod(mode)
+    os.chown(run_dir, owner, -1)
+    with pytest.raises(control.RunDirectoryError, match=r"--run-dir .*; ch(own|mod)"), control.hold(run_dir):
+        pass
+    assert list(run_dir.iterdir()) == []
+
+
+def test_a_run_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(control.RunDirectoryError, match="Not a directory; name"), control.hold(tmp_path / "file" / "x"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["directory", "x" * 120])
+def test_a_socket_that_cannot_be_made_is_one_sentence(tmp_path: Path, name: str) -> None:
+    run_dir = tmp_path / name
+    run_dir.mkdir()
+    if name == "directory":
+        (run_dir / control.SOCKET_NAME).mkdir()
+
+    async def start() -> None:
+        async with control.serve(run_dir, answer):
+            pass
+
+    with pytest.raises(control.RunDirectoryError, match=r"cannot be made: .*; remove what is there, or name another"):
+        asyncio.run(start())
+
+
+def test_a_link_in_the_sockets_place_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / control.SOCKET_NAME).symlink_to(victim)
+    (reply,) = serve_and(tmp_path, b'{"command": "status"}\n')
+    assert json.loads(reply) == {"state": "enforcing"}
+    assert victim.read_text() == "precious"
+
+
+ASK = """
+import json, os, sys
+from pathlib import Path
+from enforcer import control
+os.chdir(sys.argv[1])
+os.setgid(int(sys.argv[2]))
+os.setuid(int(sys.argv[2]))
+try:
+    print(json.dumps(control.request(Path("."), {"command": "status"})))
+except control.RequestError as error:
+    print(error)
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("uid", "opened", "said_to_them"),
+    [
+        (OTHER, False, "permission denied; run this as root"),
+        (OTHER, True, f"user {OTHER} may not ask; run this as root"),
+        (0, True, '{"state": "enforcing"}'),
+    ],
+    ids=["another user", "another user whom the modes let through", "root"],
+)
+def test_root_alone_is_answered(tmp_path: Path, uid: int, opened: bool, said_to_them: str) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir(mode=0o700)
+
+    async def ask() -> str:
+        async with control.serve(run_dir, answer):
+            if opened:
+                run_dir.chmod(0o711)
+                (run_dir / control.SOCKET_NAME).chmod(0o666)
+            asker = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", ASK, run_dir, str(uid), stdout=asyncio.subprocess.PIPE
+            )
+            said, _ = await asker.communicate()
+            return said.decode()
+
+    assert said_to_them in asyncio.run(ask())
+
+
+@pytest.mark.root
+def test_what_another_user_serves_is_not_believed(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    os.chown(run_dir, OTHER, OTHER)
+    code = (
+        "import os, socket, sys, time; os.chdir(sys.argv[1]); "
+        "os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2])); "
+        "s = socket.socket(socket.AF_UNIX); s.bind('control.sock'); s.listen(); print('up', flush=True); "
+        'c, _ = s.accept(); c.sendall(b\'{"state": "enforcing"}\\n\'); time.sleep(60)'
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, run_dir, str(OTHER)], stdout=subprocess.PIPE, text=True
+    ) as impostor:
+        assert said(impostor) == "up\n"
+        with pytest.raises(control.RequestError, match=f"served by user {OTHER} and not by root"):
+            control.request(run_dir, {"command": "status"})
+        impostor.kill()
+
+
+def test_more_askers_than_there_is_room_for_are_told_and_the_slow_ones_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "REQUEST_DEADLINE_SECONDS", 1.0)
+
+    async def crowd() -> None:
+        async with control.serve(tmp_path, answer):
+            slow = [
+                await asyncio.open_unix_connection(tmp_path / control.SOCKET_NAME) for _ in range(control.MAX_ASKERS)
+            ]
+            for _, writer in slow:
+                writer.write(b'{"comm')
+            with pytest.raises(control.RequestError, match="others are asking"):
+                await asyncio.to_thread(control.request, tmp_path, {"command": "status"})
+            for reader, writer in slow:
+                with contextlib.suppress(ConnectionResetError):  # it had not read all that they said
+                    assert await asyncio.wait_for(reader.read(), 10) == b""
+                writer.close()
+            assert json.loads(await ask_raw(tmp_path, b'{"command": "status"}\n')) == {"state": "enforcing"}
+
+    asyncio.run(crowd())
+
+
+# A little more than a socket takes at once, and much more.
+@pytest.mark.parametrize("size", [230_000, 260_000, 8_000_000])
+def test_a_long_answer_arrives_whole_and_leaves_no_exception_behind(tmp_path: Path, size: int) -> None:
+    faults: list[dict[str, Any]] = []
+
+    async def ask() -> dict[str, Any]:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+        async with control.serve(tmp_path, lambda _: {"learned": "x" * size}):
+            reply = await asyncio.to_thread(control.request, tmp_path, {"command": "status"})
+            await asyncio.sleep(0.1)
+            return reply
+
+    assert len(asyncio.run(ask())["learned"]) == size
+    assert faults == []  # any would end the daemon
+
+
+def test_who_does_not_read_a_long_answer_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "REQUEST_DEADLINE_SECONDS", 0.5)
+
+    async def linger() -> None:
+        async with control.serve(tmp_path, lambda _: {"learned": "x" * 8_000_000}):
+            before = open_descriptors()
+            _, writer = await asyncio.open_unix_connection(tmp_path / control.SOCKET_NAME, limit=1)
+            writer.write(b"{}\n")
+            await asyncio.sleep(0.1)
+            assert open_descriptors() == before + 2
+            async with asyncio.timeout(10):
+                while open_descriptors() != before + 1:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            writer.close()
+
+    asyncio.run(linger())

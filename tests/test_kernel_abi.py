@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enforcer import kernel_abi
-from enforcer.kernel_abi import EVENT, MarkedScope, Outcome, Protocol, Structure
+from enforcer.kernel_abi import EVENT, MarkedScope, Marks, Outcome, Protocol, Structure
 from enforcer.policy import Address
 
 HEADER = Path(__file__).parent.parent / "bpf" / "shared.h"
@@ -25,7 +25,7 @@ def test_header_of_the_bpf_programs_is_what_this_module_renders() -> None:
 def test_structure_has_no_hole_that_c_would_fill(structure: Structure) -> None:
     aligned = structure.codec.format.removeprefix("=")
     assert struct.calcsize("@" + aligned) == structure.size
-    largest = max(struct.calcsize("=" + letter) for letter in aligned if letter.isalpha() and letter != "s")
+    largest = max(struct.calcsize("=" + letter) for letter in aligned if letter.isalpha())
     assert structure.size % largest == 0, "C would pad the end"
 
 
@@ -35,11 +35,23 @@ def test_offsets_are_where_the_codec_reads(structure: Structure) -> None:
         assert f"__builtin_offsetof(struct {structure.name}, {field.name}) == {offset}" in HEADER.read_text()
 
 
-def test_scopes_and_vouching_share_the_mask_and_no_bit() -> None:
-    assert kernel_abi.MARK_SCOPE_MASK | kernel_abi.MARK_VOUCHED == kernel_abi.MARK_MASK
-    assert kernel_abi.MARK_SCOPE_MASK & kernel_abi.MARK_VOUCHED == 0
-    assert all(scope & ~kernel_abi.MARK_SCOPE_MASK == 0 for scope in MarkedScope)
-    assert len(set(MarkedScope)) == 4
+_BITS = st.sets(st.integers(0, 31), min_size=3, max_size=3)
+
+
+@given(_BITS, st.integers(0, 0xFFFFFFFF))
+def test_scopes_and_vouching_share_the_mask_and_no_bit(bits: set[int], others: int) -> None:
+    marks = Marks(sum(1 << bit for bit in bits))
+    assert marks.vouched == 1 << max(bits)
+    assert marks.scope_mask ^ marks.vouched == marks.mask
+    assert {marks.of(scope) & ~marks.scope_mask for scope in MarkedScope} == {0}
+    for scope in MarkedScope:
+        assert marks.scope(others & ~marks.scope_mask | marks.of(scope)) is scope
+
+
+@pytest.mark.parametrize("mask", [0, 0x80000000, 0xC0000000, 0xF0000000, 0xFFFFFFFF, 0x700000000, 0x1C0000000, -7])
+def test_mask_is_three_bits_of_thirty_two(mask: int) -> None:
+    with pytest.raises(ValueError, match="is not 3 of 32 bits"):
+        Marks(mask)
 
 
 @given(st.ip_addresses())

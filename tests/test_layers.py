@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "enforcer"
 
 CORE = {
     *("kernel_abi", "toml_lines", "policy", "dns_answer", "learned", "ruleset", "advice", "topology", "attribution"),
-    *("denial", "audit_record", "revocation", "nfnetlink", "ladder", "overhearing", "completion"),
+    *("denial", "audit_record", "revocation", "nfnetlink", "ladder", "overhearing", "trusted_files", "catalogue"),
+    *("other_marks", "completion"),
 }
 SHELL = {
     *("bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver", "state"),
@@ -26,6 +27,7 @@ TOP = {
     "baseline",
     "enforcement",
     "auditing",
+    "guarding",
     "without_bpf",
     "doctor",
     "cli",
@@ -52,7 +54,7 @@ CORE_IMPORTS = {
 OWNED_IMPORTS = {
     "dns": {"dns_answer"},
     "idna": {"policy"},
-    "importlib.resources": {"policy"},  # the presets, part of the program
+    "importlib.resources": {"policy", "catalogue"},  # the presets and the catalogue, parts of the program
     "bcc": {"bpf_loader"},  # 76 MB: only in the child process that ends
     "nftables": {"nft"},
     "prometheus_client": {"metrics"},
@@ -60,7 +62,8 @@ OWNED_IMPORTS = {
 }
 PRINTERS = {"cli", "bpf_loader", "kernel_abi"}  # to the operator; to the parent process; bpf/shared.h
 CORE_CALLS_REFUSED = {"open", "input", "exec", "eval", "__import__", "now", "today", "utcnow"}
-READS_ITS_INPUT = {"policy": {"pathlib", "open"}}  # read_policy: the one file that core opens, and its errors name it
+# Files that the caller names, whose errors name them: opened in one place, where who could have written them is judged.
+READS_ITS_INPUT = {"policy": {"pathlib"}, "trusted_files": {"pathlib", "os", "stat", "errno", "open"}}
 
 
 def imported_names(tree: ast.AST) -> Iterator[tuple[int, str]]:

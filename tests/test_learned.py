@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from ipaddress import ip_address
 
 from hypothesis import given
@@ -9,7 +11,16 @@ from hypothesis import strategies as st
 
 from enforcer.dns_answer import AnswerAddress, DnsAnswer
 from enforcer.kernel_abi import LIFETIME_CEILING_SECONDS, LIFETIME_FLOOR_SECONDS, REFRESH_MARGIN_SECONDS, RangeClass
-from enforcer.learned import Destination, LearnedAddress, LearnedAddresses, lifetime_seconds, permitted
+from enforcer.learned import (
+    IN_USE_SECONDS,
+    Changes,
+    Destination,
+    LearnedAddress,
+    LearnedAddresses,
+    combined,
+    lifetime_seconds,
+    permitted,
+)
 from enforcer.policy import Address, HostPattern, Rule, RuleKind
 
 PUBLIC = ip_address("198.18.0.1")
@@ -106,14 +117,100 @@ def test_the_last_holders_revocation_withdraws_the_address() -> None:
     assert narrowed.expire(1_000) == ()
 
 
-def test_a_full_memory_evicts_what_ends_first() -> None:
-    learned = LearnedAddresses(capacity=2)
-    first, second, third = (ip_address(f"198.18.1.{n}") for n in (1, 2, 3))
-    learned.learn([entry(300, address=first), entry(400, address=second)])
-    changes = learned.learn([entry(500, address=third)])
-    assert changes.withdraw == ((first, 443),)
-    assert learned.evicted == 1
-    assert {e.address for e in learned} == {second, third}
+# --- room ------------------------------------------------------------------------------------------------------------
+FLOODED = HostPattern("allowed.example", wildcard=True)
+NOW = 1_000_000.0
+
+
+def numbered(number: int) -> Address:
+    return ip_address(0xC6120000 + number)
+
+
+def flood(number: int) -> LearnedAddress:
+    """One of as many addresses as the owner of a name below a wildcard likes, for as long as he likes."""
+    return entry(NOW + 86_400, address=numbered(number), rule="wide", pattern=FLOODED)
+
+
+def test_a_flood_below_one_wildcard_takes_nothing_from_another_rule_or_pattern() -> None:
+    learned = LearnedAddresses(capacity=100, per_holder=50)
+    own = [entry(NOW + 300), entry(NOW + 300, rule="wide", pattern=OTHER_PATTERN), entry(NOW + 300, port=5000)]
+    learned.learn(own, NOW)
+    for number in range(1_000):
+        learned.learn([flood(number)], NOW)
+    assert all(entry in list(learned) for entry in own)
+    assert len(list(learned)) == 53
+    assert learned.evicted == 950
+
+
+def test_two_floods_leave_the_small_holders_alone_in_a_full_memory() -> None:
+    learned = LearnedAddresses(capacity=100, per_holder=80)
+    learned.learn([entry(NOW + 300)], NOW)
+    for number in range(1_000):
+        learned.learn([flood(number), entry(NOW + 900, address=numbered(5_000 + number), rule="other")], NOW)
+        assert len(list(learned)) <= 100
+    assert entry(NOW + 300) in list(learned)
+
+
+def test_what_makes_room_is_forgotten_and_not_withdrawn_so_that_its_connections_go_on() -> None:
+    learned = LearnedAddresses(per_holder=2)
+    learned.learn([flood(1), flood(2)], NOW)
+    changes = learned.learn([flood(3)], NOW)
+    assert changes.forget == ((numbered(1), 443),)
+    assert changes.withdraw == ()
+
+
+def test_what_was_answered_last_stays_longest_whatever_its_ttl_says() -> None:
+    learned = LearnedAddresses(per_holder=2)
+    short = entry(NOW + 300, address=numbered(1), rule="wide", pattern=FLOODED)
+    learned.learn([short, flood(2)], NOW)
+    learned.learn([short], NOW)
+    assert learned.learn([flood(3)], NOW).forget == ((numbered(2), 443),)
+
+
+def test_what_is_in_use_stays_and_what_was_used_long_ago_does_not() -> None:
+    used = {(numbered(1), 443): NOW - 1, (numbered(2), 443): NOW - IN_USE_SECONDS}
+    learned = LearnedAddresses(per_holder=3, last_used=lambda destination: used.get(destination, -math.inf))
+    learned.learn([flood(1), flood(2), flood(3)], NOW)
+    assert learned.learn([flood(4)], NOW).forget == ((numbered(2), 443),)
+    for number in range(5, 200):
+        learned.learn([flood(number)], NOW)
+    assert (numbered(1), 443) in learned
+
+
+def test_where_everything_is_in_use_the_one_that_waits_longest_goes() -> None:
+    used = {(numbered(number), 443): NOW - 50 + number for number in range(50)}
+    learned = LearnedAddresses(per_holder=40, last_used=lambda destination: used.get(destination, -math.inf))
+    learned.learn(map(flood, range(40)), NOW)
+    for number in range(40, 50):
+        learned.learn([flood(number)], NOW)
+    assert len(learned) == 40
+    assert {(numbered(number), 443) for number in range(30, 50)} <= {each.destination for each in learned}
+
+
+def test_a_shared_address_that_makes_room_under_one_rule_lives_on_under_the_other_as_long_as_that_says() -> None:
+    learned = LearnedAddresses(per_holder=2)
+    learned.learn([flood(1), entry(NOW + 300, address=numbered(1)), flood(2)], NOW)
+    changes = learned.learn([flood(3)], NOW)
+    assert changes.forget == ()
+    assert {(each.rule, each.expires_at) for each in changes.permit} == {("wide", NOW + 86_400), ("corp", NOW + 300)}
+
+
+def test_what_made_room_leaves_nothing_behind() -> None:
+    learned = LearnedAddresses(per_holder=10)
+    for number in range(10_000):
+        learned.learn([flood(number)], NOW)
+    assert len(learned._deadlines) < 200
+    assert len(learned.expire(NOW + 86_400)) == 10
+    assert (len(learned), learned._deadlines, learned._waiting, learned._permissions) == (0, [], {}, 0)
+
+
+def test_changes_one_after_the_other_come_to_what_the_last_word_is() -> None:
+    first, second = (numbered(1), 443), (numbered(2), 443)
+    assert combined([]) == Changes()
+    assert combined([Changes(permit=(flood(1),)), Changes(forget=(first,))]) == Changes(forget=(first,))
+    assert combined([Changes(forget=(first,)), Changes(permit=(flood(1),))]) == Changes(permit=(flood(1),))
+    assert combined([Changes(withdraw=(first,)), Changes(forget=(first, second))]) == Changes((), (first,), (second,))
+    assert combined([Changes(forget=(first,)), Changes(withdraw=(first,))]) == Changes((), (first,))
 
 
 operations = st.lists(
@@ -126,16 +223,19 @@ operations = st.lists(
 )
 
 
-@given(operations)
-def test_what_the_kernel_was_told_never_outlives_what_is_held(steps: list[tuple[str, int, int, int]]) -> None:
+@given(operations, st.integers(1, 5), st.dictionaries(st.integers(0, 3), st.floats(-100, 2_000)))
+def test_what_the_kernel_was_told_never_outlives_what_is_held(
+    steps: list[tuple[str, int, int, int]], per_holder: int, used: dict[int, float]
+) -> None:
     """A model of the kernel's set, fed with the changes alone, stays a subset of what the holders justify."""
-    learned = LearnedAddresses(capacity=4)
+    last_used = {(ip_address(f"198.18.2.{number}"), 443): at for number, at in used.items()}
+    learned = LearnedAddresses(4, per_holder, last_used=lambda destination: last_used.get(destination, -math.inf))
     kernel: dict[Destination, float] = {}
     now = 0.0
     for step, a, b, c in steps:
         if step == "learn":
             address = ip_address(f"198.18.2.{a}")
-            changes = learned.learn([entry(now + c, address=address, rule=f"rule{b}")])
+            changes = learned.learn([entry(now + c, address=address, rule=f"rule{b}")], now)
         elif step == "revoke":
             dropped = f"rule{a}"
             learned, changes = learned.narrowed(lambda e, dropped=dropped: e.rule != dropped)  # type: ignore[misc]
@@ -144,11 +244,13 @@ def test_what_the_kernel_was_told_never_outlives_what_is_held(steps: list[tuple[
             for destination in learned.expire(now):
                 kernel.pop(destination, None)
             continue
-        for destination in changes.withdraw:
+        for destination in (*changes.withdraw, *changes.forget):
+            assert destination not in learned
             kernel.pop(destination, None)
         for permission in changes.permit:
             kernel[permission.destination] = permission.expires_at
-        assert len(list(learned)) <= 4
+        assert len(list(learned)) == learned._permissions <= 4
+        assert max(Counter((each.rule, each.pattern) for each in learned).values(), default=0) <= per_holder
         for destination, expires_at in kernel.items():
             if expires_at > now:
                 assert destination in learned

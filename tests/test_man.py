@@ -37,10 +37,14 @@ def test_every_key_of_the_policy_is_in_the_manual() -> None:
     nested = re.findall(r'_table\(value, ((?:"\w+"(?:, )?)+)', source)
     keys = {*policy._TOP_KEYS, *re.findall(r'"(\w+)"', " ".join(nested))}
     assert {"message", "ca", "certificate", "trusted", "hosts", "engines", "file"} <= keys  # that it reads them still
-    for key in keys - {"registry", "destination", "preset", "scope", "resolvers", "refusal", "audit"}:
+    for key in keys - {"registry", "destination", "preset", "proxy", "scope", "resolvers", "refusal", "audit", "mark"}:
         assert f"Ic {key}" in text, key
-    for table in ("[scope]", "[resolvers]", "[refusal]", "[audit]", "[[registry]]", "[[destination]]", "[[preset]]"):
+    arrays = "[[registry]]", "[[destination]]", "[[proxy]]", "[[preset]]"
+    for table in ("[scope]", "[resolvers]", "[refusal]", "[audit]", "[mark]", *arrays):
         assert f".Ss {table}" in text
+    for values in (policy.Mode, policy.Level, policy.Verify, policy.DnsOverTls):
+        for value in values:
+            assert re.search(rf"Cm (?:\w+ \| )?{value.value}\b", text), value
     for name in policy.preset_names():
         assert f".It Cm {name}" in text
         for parameter in policy.load_preset(name).parameters:
@@ -51,7 +55,7 @@ def test_every_key_of_the_policy_is_in_the_manual() -> None:
 
 def test_example_of_the_manual_is_a_right_policy() -> None:
     (example,) = re.findall(r"^\.Bd -literal\n(.*?)^\.Ed", POLICY.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(policy.parse(example, "manual").rules) == 5
+    assert len(policy.parse(example, "manual").rules) == 6
 
 
 @PAGES

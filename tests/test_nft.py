@@ -29,10 +29,10 @@ from typing import NamedTuple, Self
 
 import pytest
 
-from enforcer.kernel_abi import MARK_VOUCHED, MarkedScope, Protocol
+from enforcer.kernel_abi import DEFAULT_MARKS, MarkedScope, Protocol
 from enforcer.ladder import Feature
 from enforcer.nft import Counter, Nft, NftError
-from enforcer.policy import Level, Mode, Policy, Scope
+from enforcer.policy import Level, Mode, Policy, RuleKind, Scope
 from enforcer.ruleset import (
     TABLE,
     CountedScope,
@@ -43,7 +43,7 @@ from enforcer.ruleset import (
     render_removal,
     render_ruleset,
 )
-from tests.test_ruleset import DEFAULT, FULL, GOLDEN, rule
+from tests.test_ruleset import DEFAULT, FULL, GOLDEN, RUNG_POLICY, RUNGS, rule
 
 pytestmark = pytest.mark.root
 
@@ -566,10 +566,28 @@ def test_address_of_the_policy_is_reached_on_the_rules_ports(host: Host, plan: P
 @pytest.mark.parametrize("size", [100, 4000], ids=["whole", "fragmented"])
 def test_forwarded_udp_is_prohibited_at_once_so_that_quic_falls_back(host: Host, plan: Plan, size: int) -> None:
     host.learn(plan.good)
+    host.enforce(replace(DEFAULT, rules=(rule("corp", plan.static),)))
     assert udp(host.lab.box, plan.evil, size=size) is Outcome.PROHIBITED
     assert host.packets(CountedScope.CONTAINER, Protocol.UDP) == 1
-    assert udp(host.lab.box, plan.good, size=size) is Outcome.OPEN
+    assert udp(host.lab.box, plan.static, size=size) is Outcome.OPEN
     assert udp(host.lab.box, plan.evil, 8000, size=size) is Outcome.OPEN
+
+
+def test_what_a_name_taught_is_for_tcp_and_a_listed_address_for_udp_too(host: Host, plan: Plan) -> None:
+    host.learn(plan.good)
+    host.enforce(replace(DEFAULT, rules=(rule("corp", plan.static),)))
+    assert tcp(host.lab.box, plan.good) is Outcome.OPEN
+    assert udp(host.lab.box, plan.good) is Outcome.PROHIBITED
+    assert udp(host.lab.box, plan.static) is Outcome.OPEN
+
+
+def test_a_listed_proxy_is_reached_by_tcp_on_its_port_and_no_other(host: Host, plan: Plan) -> None:
+    host.enforce(replace(ALL_STRICT, rules=(rule("proxy", plan.static, kind=RuleKind.PROXY, ports=(5000,)),)))
+    assert tcp(host.lab.box, plan.static, 5000) is Outcome.OPEN
+    assert udp(host.lab.box, plan.static, 5000) is Outcome.PROHIBITED
+    assert tcp(host.lab.box, plan.static) is Outcome.RESET
+    assert tcp(host.lab.host, plan.static, 5000, MarkedScope.ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, 5000, MarkedScope.ENGINE) is Outcome.RESET
 
 
 def test_unknown_interface_is_an_uplink_until_it_is_known_to_be_internal(host: Host, plan: Plan) -> None:
@@ -607,6 +625,8 @@ def test_withdrawn_element_is_refused_and_withdrawing_an_absent_one_is_no_error(
 
 
 # --- local sockets, by scope -----------------------------------------------------------------------------------------
+MARKS = DEFAULT_MARKS
+HOST, ENGINE, CONTAINER = map(MARKS.of, (MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER))
 SCOPES = {
     MarkedScope.HOST: CountedScope.HOST,
     MarkedScope.ENGINE: CountedScope.ENGINE,
@@ -618,14 +638,16 @@ SCOPES = {
 @pytest.mark.parametrize("mark", MarkedScope)
 def test_local_socket_of_a_strict_scope_is_refused(host: Host, plan: Plan, mark: MarkedScope) -> None:
     host.enforce(ALL_STRICT)
-    assert tcp(host.lab.host, plan.evil, mark=mark) is Outcome.RESET
-    assert udp(host.lab.host, plan.evil, mark=mark) is Outcome.PROHIBITED
+    assert tcp(host.lab.host, plan.evil, mark=MARKS.of(mark)) is Outcome.RESET
+    assert udp(host.lab.host, plan.evil, mark=MARKS.of(mark)) is Outcome.PROHIBITED
     counted = {name: counter for name, counter in host.nft.counters().items() if counter.packets}
     assert set(counted) == {counter_name(Mode.ENFORCE, SCOPES[mark], protocol) for protocol in Protocol}
     assert counted[counter_name(Mode.ENFORCE, SCOPES[mark], Protocol.TCP)] == Counter(1, 80 if ":" in plan.evil else 60)
     host.learn(plan.good)
-    assert tcp(host.lab.host, plan.good, mark=mark) is Outcome.OPEN
-    assert udp(host.lab.host, plan.good, mark=mark) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.good, mark=MARKS.of(mark)) is Outcome.OPEN
+    assert udp(host.lab.host, plan.good, mark=MARKS.of(mark)) is Outcome.PROHIBITED
+    host.enforce(replace(ALL_STRICT, rules=(rule("corp", plan.static),)))
+    assert udp(host.lab.host, plan.static, mark=MARKS.of(mark)) is Outcome.OPEN
 
 
 @pytest.mark.parametrize(
@@ -635,16 +657,18 @@ def test_local_socket_of_a_strict_scope_is_refused(host: Host, plan: Plan, mark:
         (MarkedScope.ENGINE, Scope(containers=Level.STRICT, engines=Level.OFF, host=Level.STRICT)),
         (MarkedScope.CONTAINER, Scope(containers=Level.OFF, engines=Level.STRICT, host=Level.STRICT)),
         (MarkedScope.UNSTAMPED, Scope(containers=Level.OFF, engines=Level.OFF, host=Level.OFF)),
+        (MarkedScope.HOST, Scope(containers=Level.STRICT, engines=Level.STRICT, host=Level.REGISTRIES)),
+        (MarkedScope.UNSTAMPED, Scope(containers=Level.OFF, engines=Level.OFF, host=Level.REGISTRIES)),
     ],
 )
-def test_local_socket_of_a_scope_that_is_off_is_not_judged(
+def test_local_socket_of_a_scope_that_is_not_strict_is_not_judged_here(
     host: Host, plan: Plan, mark: MarkedScope, scope: Scope
 ) -> None:
     host.enforce(ALL_STRICT)
-    assert tcp(host.lab.host, plan.evil, mark=mark) is Outcome.RESET
+    assert tcp(host.lab.host, plan.evil, mark=MARKS.of(mark)) is Outcome.RESET
     host.enforce(replace(DEFAULT, scope=scope))
-    assert tcp(host.lab.host, plan.evil, mark=mark) is Outcome.OPEN
-    assert udp(host.lab.host, plan.evil, mark=mark) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, mark=MARKS.of(mark)) is Outcome.OPEN
+    assert udp(host.lab.host, plan.evil, mark=MARKS.of(mark)) is Outcome.OPEN
 
 
 @pytest.mark.parametrize("strict", ["containers", "engines", "host"])
@@ -657,28 +681,59 @@ def test_unstamped_packet_is_refused_if_any_scope_is_strict(host: Host, plan: Pl
 
 def test_every_tcp_port_but_dns_counts_for_engines_and_for_nobody_else(host: Host, plan: Plan) -> None:
     host.enforce(ALL_STRICT)
-    assert tcp(host.lab.host, plan.evil, 8443, MarkedScope.ENGINE) is Outcome.RESET
-    assert tcp(host.lab.host, plan.evil, 53, MarkedScope.ENGINE) is Outcome.OPEN
-    assert udp(host.lab.host, plan.evil, 8000, MarkedScope.ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, 8443, ENGINE) is Outcome.RESET
+    assert tcp(host.lab.host, plan.evil, 53, ENGINE) is Outcome.OPEN
+    assert udp(host.lab.host, plan.evil, 8000, ENGINE) is Outcome.OPEN
     for mark in set(MarkedScope) - {MarkedScope.ENGINE}:
-        assert tcp(host.lab.host, plan.evil, 8443, mark) is Outcome.OPEN
+        assert tcp(host.lab.host, plan.evil, 8443, MARKS.of(mark)) is Outcome.OPEN
     host.learn(plan.good, 8443)
-    assert tcp(host.lab.host, plan.good, 8443, MarkedScope.ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.good, 8443, ENGINE) is Outcome.OPEN
 
 
 @pytest.mark.parametrize("scope", MarkedScope)
 def test_vouching_mark_permits_tcp_and_never_udp(host: Host, plan: Plan, scope: MarkedScope) -> None:
     host.enforce(ALL_STRICT)
-    assert tcp(host.lab.host, plan.evil, mark=scope | MARK_VOUCHED) is Outcome.OPEN
-    assert udp(host.lab.host, plan.evil, mark=scope | MARK_VOUCHED) is Outcome.PROHIBITED
-    assert tcp(host.lab.host, plan.evil, mark=scope) is Outcome.RESET
+    assert tcp(host.lab.host, plan.evil, mark=MARKS.of(scope) | MARKS.vouched) is Outcome.OPEN
+    assert udp(host.lab.host, plan.evil, mark=MARKS.of(scope) | MARKS.vouched) is Outcome.PROHIBITED
+    assert tcp(host.lab.host, plan.evil, mark=MARKS.of(scope)) is Outcome.RESET
 
 
 def test_other_bits_of_the_mark_do_not_matter(host: Host, plan: Plan) -> None:
     others = 0x1FFFFFFE  # bit 0 re-routes in this lab
-    assert tcp(host.lab.host, plan.evil, mark=MarkedScope.ENGINE | others) is Outcome.RESET
-    assert tcp(host.lab.host, plan.evil, mark=MarkedScope.HOST | others) is Outcome.OPEN
-    assert tcp(host.lab.host, plan.evil, mark=MarkedScope.ENGINE | MARK_VOUCHED | others) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, mark=ENGINE | others) is Outcome.RESET
+    assert tcp(host.lab.host, plan.evil, mark=HOST | others) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, mark=ENGINE | MARKS.vouched | others) is Outcome.OPEN
+
+
+def test_mark_of_a_message_is_not_its_sockets(host: Host, plan: Plan) -> None:
+    def send(mark: int, told: int) -> Outcome:
+        with opened(host.lab.host, socket.SOCK_DGRAM, plan.evil, mark) as client:
+            marking = [(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", told))]
+
+            def exchange() -> bytes:
+                client.connect((plan.evil, 443))
+                with contextlib.suppress(PermissionError):
+                    client.sendmsg([b"x"], marking)
+                return client.recv(100)
+
+            return outcome(exchange)
+
+    assert send(ENGINE, HOST) is Outcome.PROHIBITED
+    assert send(ENGINE, MARKS.vouched | HOST) is Outcome.PROHIBITED
+    assert send(HOST, ENGINE) is Outcome.OPEN
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_every_rung_is_taken_by_the_kernel(host: Host, name: str) -> None:
+    host.nft.apply(render_removal() + render_ruleset(RUNG_POLICY, RUNGS[name], INTERNAL))
+
+
+@pytest.mark.parametrize("level", [Level.STRICT, Level.OFF])
+def test_without_bpf_the_cgroup_tells_the_scope_whatever_the_mark(host: Host, plan: Plan, level: Level) -> None:
+    policy = replace(DEFAULT, scope=Scope(containers=Level.STRICT, engines=Level.STRICT, host=level))
+    host.nft.apply(render_removal() + render_ruleset(policy, RUNGS["without-bpf"], INTERNAL))
+    for mark in (0, ENGINE, MARKS.vouched | HOST):
+        assert (udp(host.lab.host, plan.evil, mark=mark) is Outcome.OPEN) == (level is Level.OFF)
 
 
 @pytest.mark.parametrize(("protocol", "refused"), [(socket.IPPROTO_UDP, True), (socket.IPPROTO_SCTP, False)])
@@ -735,8 +790,8 @@ def test_answer_to_an_inbound_client_on_a_registry_port_is_never_refused(
 def test_loopback_is_never_refused(host: Host) -> None:
     host.enforce(ALL_STRICT)
     for address in ("127.0.0.1", "::1", V4.bridge):
-        assert tcp(host.lab.host, address, mark=MarkedScope.ENGINE) is Outcome.OPEN
-    assert tcp(host.lab.host, V4.wan, mark=MarkedScope.ENGINE) is Outcome.RESET
+        assert tcp(host.lab.host, address, mark=ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, V4.wan, mark=ENGINE) is Outcome.RESET
 
 
 def test_forwarded_to_a_service_is_judged_by_where_it_leads(host: Host, plan: Plan) -> None:
@@ -753,18 +808,18 @@ def test_forwarded_to_a_service_is_judged_by_where_it_leads(host: Host, plan: Pl
 
 
 def test_local_to_a_service_is_judged_in_postrouting_by_where_it_leads(host: Host, plan: Plan) -> None:
-    assert tcp(host.lab.host, plan.evil_service, mark=MarkedScope.ENGINE) is Outcome.SILENCE
+    assert tcp(host.lab.host, plan.evil_service, mark=ENGINE) is Outcome.SILENCE
     assert host.packets(CountedScope.ENGINE) >= 1
     host.learn(plan.good)
-    assert tcp(host.lab.host, plan.good_service, mark=MarkedScope.ENGINE) is Outcome.OPEN
-    assert tcp(host.lab.host, plan.evil_service, mark=MarkedScope.HOST) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.good_service, mark=ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil_service, mark=HOST) is Outcome.OPEN
 
 
 def test_packet_rerouted_from_an_internal_interface_to_the_uplink_is_refused(host: Host, plan: Plan) -> None:
-    assert tcp(host.lab.host, plan.rerouted, mark=MarkedScope.ENGINE) is Outcome.SILENCE
-    assert tcp(host.lab.host, plan.rerouted, mark=MarkedScope.HOST) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.rerouted, mark=ENGINE) is Outcome.SILENCE
+    assert tcp(host.lab.host, plan.rerouted, mark=HOST) is Outcome.OPEN
     host.learn(plan.rerouted)
-    assert tcp(host.lab.host, plan.rerouted, mark=MarkedScope.ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.rerouted, mark=ENGINE) is Outcome.OPEN
 
 
 # --- the table changes under traffic ---------------------------------------------------------------------------------
@@ -780,13 +835,13 @@ def test_established_connection_survives_withdrawal_and_reload_and_a_new_one_doe
 
 
 def test_udp_is_refused_as_soon_as_its_permission_is_gone(host: Host, plan: Plan) -> None:
-    host.learn(plan.good)
+    host.enforce(replace(DEFAULT, rules=(rule("corp", plan.good),)))
     with opened(host.lab.box, socket.SOCK_DGRAM, plan.good) as client:
         client.connect((plan.good, 443))
         for _ in range(2):
             client.send(b"permitted")
             assert client.recv(100) == b"permitted"
-        host.withdraw(plan.good)
+        host.enforce(DEFAULT)
         client.send(b"not permitted")
         with pytest.raises(OSError, match=r"No route to host|Permission denied"):
             client.recv(100)
@@ -813,8 +868,8 @@ def test_observe_mode_lets_through_and_counts_once(host: Host, plan: Plan) -> No
     host.enforce(replace(DEFAULT, mode=Mode.OBSERVE))
     assert tcp(host.lab.box, plan.evil) is Outcome.OPEN
     assert udp(host.lab.box, plan.evil) is Outcome.OPEN
-    assert tcp(host.lab.host, plan.evil, mark=MarkedScope.ENGINE) is Outcome.OPEN
-    assert tcp(host.lab.host, plan.evil_service, mark=MarkedScope.CONTAINER) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, mark=ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil_service, mark=CONTAINER) is Outcome.OPEN
     assert {name: counter.packets for name, counter in host.nft.counters().items() if counter.packets} == {
         "observed_container_tcp": 2,
         "observed_container_udp": 1,
@@ -827,22 +882,21 @@ def test_observe_mode_lets_through_and_counts_once(host: Host, plan: Plan) -> No
 class Prober(threading.Thread):
     """Connects again and again, from the container and from the host, and keeps what is not as expected."""
 
-    def __init__(self, lab: Lab, address: str, expected: Outcome) -> None:
+    def __init__(self, lab: Lab, address: str, over_tcp: Outcome, over_udp: Outcome) -> None:
         super().__init__(daemon=True)
         self.rounds = 0
         self.surprises: list[tuple[str, Outcome]] = []  # (which probe, what came)
         self._stop_asked = threading.Event()
-        self._probes: dict[str, Callable[[], Outcome]] = {
-            "forwarded TCP": lambda: tcp(lab.box, address),
-            "engine's TCP": lambda: tcp(lab.host, address, mark=MarkedScope.ENGINE),
-            "forwarded UDP": lambda: udp(lab.box, address),
+        self._probes: dict[str, tuple[Outcome, Callable[[], Outcome]]] = {
+            "forwarded TCP": (over_tcp, lambda: tcp(lab.box, address)),
+            "engine's TCP": (over_tcp, lambda: tcp(lab.host, address, mark=ENGINE)),
+            "forwarded UDP": (over_udp, lambda: udp(lab.box, address)),
         }
-        self._expected = {expected, Outcome.PROHIBITED} if expected is Outcome.RESET else {expected}
 
     def run(self) -> None:
         while not self._stop_asked.is_set():
-            found = {name: probe() for name, probe in self._probes.items()}
-            self.surprises += [(name, came) for name, came in found.items() if came not in self._expected]
+            found = [(name, expected, probe()) for name, (expected, probe) in self._probes.items()]
+            self.surprises += [(name, came) for name, expected, came in found if came is not expected]
             self.rounds += 1
 
     def __enter__(self) -> Self:
@@ -855,19 +909,23 @@ class Prober(threading.Thread):
 
 
 def test_reload_and_refresh_under_traffic_lose_nothing_and_open_nothing(host: Host, plan: Plan) -> None:
+    listing = replace(DEFAULT, rules=(rule("corp", plan.static),))
     host.learn(plan.good)
+    host.enforce(listing)
     with (
-        Prober(host.lab, plan.good, Outcome.OPEN) as good,
-        Prober(host.lab, plan.box2, Outcome.OPEN) as internal,
-        Prober(host.lab, plan.evil, Outcome.RESET) as evil,
+        Prober(host.lab, plan.good, Outcome.OPEN, Outcome.PROHIBITED) as good,
+        Prober(host.lab, plan.static, Outcome.OPEN, Outcome.OPEN) as listed,
+        Prober(host.lab, plan.box2, Outcome.OPEN, Outcome.OPEN) as internal,
+        Prober(host.lab, plan.evil, Outcome.RESET, Outcome.PROHIBITED) as evil,
     ):
         for turn in range(100):
-            host.enforce(ALL_STRICT if turn % 2 else DEFAULT)
+            host.enforce(replace(listing, scope=ALL_STRICT.scope) if turn % 2 else listing)
             host.learn(plan.good)
-        until(lambda: min(good.rounds, internal.rounds, evil.rounds) > 50, 20)
+        until(lambda: min(good.rounds, listed.rounds, internal.rounds, evil.rounds) > 50, 20)
         for _ in range(100):
             host.learn(plan.good)
-            host.enforce(DEFAULT)
+            host.enforce(listing)
     assert good.surprises == []
+    assert listed.surprises == []
     assert internal.surprises == []
     assert evil.surprises == []

@@ -219,10 +219,25 @@ def test_answer_of_the_other_resolver_teaches_nothing(ear: Ear) -> None:
 
 def test_answer_from_another_server_teaches_nothing_even_if_it_was_asked(ear: Ear) -> None:
     ear.leave(packets.frame(CLIENT_V4, STRANGER, Protocol.UDP, packets.udp(CLIENT_PORT, 53, PLAIN.query)))
-    assert len(ear.overhearing) == 0
     answer = packets.frame(STRANGER, CLIENT_V4, Protocol.UDP, packets.udp(53, CLIENT_PORT, PLAIN.answer))
     assert ear.learn(answer) == [Outcome.UNTRUSTED]
     assert ear.events == []
+    assert len(ear.overhearing) == 0
+
+
+def test_resolver_that_is_trusted_by_the_time_it_answers_teaches(ear: Ear) -> None:
+    ear.overhearing.trust((RESOLVER_V6,))
+    ear.ask(PLAIN.query)
+    ear.overhearing.trust((RESOLVER_V4,))
+    assert ear.answer(PLAIN.answer) is Outcome.LEARNED
+
+
+def test_retired_resolver_answers_what_was_asked_before_and_nothing_else(ear: Ear) -> None:
+    ear.ask(PLAIN.query)
+    ear.overhearing.trust((RESOLVER_V6,), (RESOLVER_V4,))
+    assert ear.answer(PLAIN.answer) is Outcome.LEARNED
+    ear.ask(PLAIN.query)
+    assert ear.answer(PLAIN.answer) is Outcome.UNSOLICITED
 
 
 def test_resolver_that_is_trusted_no_more_teaches_nothing(ear: Ear) -> None:

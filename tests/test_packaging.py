@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from enforcer import authority, policy
-from enforcer.daemon import DEFAULT_BPFFS
+from enforcer.kernel_abi import BPFFS
 from tests.test_layers import OWNED_IMPORTS
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,9 @@ def test_everything_is_below_the_prefix_but_the_policy(installed: Path) -> None:
         "usr/local/lib/registry-enforcer/enforcer/objects/enforcer.bpf.o",
         "usr/local/lib/registry-enforcer/enforcer/objects/enforcer-legacy.bpf.o",
         "usr/local/lib/registry-enforcer/enforcer/objects/bpf/enforcer.bpf.c",
+        "usr/local/lib/registry-enforcer/enforcer/objects/bpf/guard.h",
         "usr/local/lib/registry-enforcer/enforcer/presets/docker-hub.toml",
+        "usr/local/lib/registry-enforcer/enforcer/catalogue.toml",
         "usr/local/lib/registry-enforcer/pyroute2/__init__.py",
         "usr/local/share/man/man8/registry-enforcer.8",
         "usr/local/share/bash-completion/completions/registry-enforcer",
@@ -140,8 +142,8 @@ def test_purge_knows_the_files_that_the_program_makes() -> None:
 
 def test_unit_leaves_the_pins_writable() -> None:
     unit = (ROOT / "systemd/registry-enforcer.service").read_text()
-    assert f"ReadWritePaths=-{DEFAULT_BPFFS}\n" in unit
-    assert re.search(rf"^ExecStartPre=-\+/usr/bin/mkdir -p -m 0700 {DEFAULT_BPFFS}$", unit, re.MULTILINE)
+    assert f"ReadWritePaths=-{BPFFS}\n" in unit
+    assert re.search(rf"^ExecStartPre=-\+/usr/bin/mkdir -p -m 0700 {BPFFS}$", unit, re.MULTILINE)
 
 
 def test_both_units_come_before_the_same_and_after_whoever_flushes() -> None:

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enforcer.kernel_abi import MAX_NAMES, MAX_PORTS_PER_NAME, pack_name_key
+from enforcer.kernel_abi import DEFAULT_MARKS, MAX_NAMES, MAX_PORTS_PER_NAME, Marks, pack_name_key
 from enforcer.policy import (
     MAX_POLICY_BYTES,
     AuthorityFiles,
+    DnsOverTls,
     HostPattern,
     Level,
     Mode,
@@ -31,6 +32,8 @@ from enforcer.policy import (
     Rule,
     RuleKind,
     Scope,
+    Verdict,
+    Verify,
     default_policy,
     host_pattern,
     load_preset,
@@ -55,7 +58,7 @@ region = ["eu-west-1", "us-east-1"]
 [scope]
 containers = "strict"
 engines = "off"
-host = "strict"
+host = "registries"
 [[registry]]
 name = "corp"
 hosts = ["Registry.Corp.Example.", "*.blobs.corp.example"]
@@ -64,11 +67,20 @@ addresses = ["10.20.0.0/16", "2001:db8::1"]
 [[destination]]
 name = "mirror"
 hosts = ["packages.corp.example"]
+verify = "address"
+[[proxy]]
+name = "corp-proxy"
+hosts = ["proxy.corp.example"]
+addresses = ["10.30.0.7", "2001:db8::30/127"]
+ports = [8080, 3128]
 [resolvers]
 trusted = ["auto", "10.0.0.53"]
+dns_over_tls = "refuse"
 [refusal]
 message = "{name} is not allowed {{here}}: {contact}"
 ca = { certificate = "/etc/corp/ca.crt", key = "/etc/corp/ca.key" }
+[mark]
+mask = 0x00000700
 """
 
 
@@ -100,9 +112,12 @@ def test_a_full_policy_is_read_as_written() -> None:
     assert (policy.organization, policy.contact) == ("Example Corp", "platform@example.com")
     assert policy.mode is Mode.OBSERVE
     assert policy.ports == (443, 5000)
-    assert policy.scope == Scope(containers=Level.STRICT, engines=Level.OFF, host=Level.STRICT)
-    assert policy.resolvers == Resolvers(auto=True, addresses=(ip_address("10.0.0.53"),))
+    assert policy.scope == Scope(containers=Level.STRICT, engines=Level.OFF, host=Level.REGISTRIES)
+    assert policy.resolvers == Resolvers(True, (ip_address("10.0.0.53"),), DnsOverTls.REFUSE)
+    assert policy.container_ports == (443, 853, 5000)
     assert policy.refusal.message == "{name} is not allowed {{here}}: {contact}"
+    assert policy.marks == Marks(0x700)
+    assert policy.mark_line == FULL.count("\n")
     line_of_ca = FULL[: FULL.index("ca = {")].count("\n") + 1
     assert policy.refusal.ca == AuthorityFiles("/etc/corp/ca.crt", "/etc/corp/ca.key", line_of_ca)
     assert [(rule.name, rule.kind) for rule in policy.rules] == [
@@ -111,6 +126,7 @@ def test_a_full_policy_is_read_as_written() -> None:
         ("ecr", RuleKind.PRESET),
         ("corp", RuleKind.REGISTRY),
         ("mirror", RuleKind.DESTINATION),
+        ("corp-proxy", RuleKind.PROXY),
     ]
     assert policy.rules[3] == Rule(
         name="corp",
@@ -119,6 +135,22 @@ def test_a_full_policy_is_read_as_written() -> None:
         ports=(443, 8443),
         addresses=(IPv4Network("10.20.0.0/16"), IPv6Network("2001:db8::1/128")),
     )
+    assert policy.rules[5] == Rule(
+        name="corp-proxy",
+        kind=RuleKind.PROXY,
+        hosts=(HostPattern("proxy.corp.example", False),),
+        ports=(3128, 8080),
+        addresses=(IPv4Network("10.30.0.7/32"), IPv6Network("2001:db8::30/127")),
+    )
+    assert {rule.name: rule.verify for rule in policy.rules if rule.verify is not Verify.NAME} == {
+        "mirror": Verify.ADDRESS
+    }
+
+
+def test_the_proxies_listed_addresses_are_found_with_each_port() -> None:
+    v4, v6 = IPv4Network("10.30.0.7/32"), IPv6Network("2001:db8::30/127")
+    assert list(parse(FULL, "p").proxy_addresses) == [(v4, 3128), (v4, 8080), (v6, 3128), (v6, 8080)]
+    assert list(default_policy().proxy_addresses) == []
 
 
 def test_a_registry_is_reachable_on_443_and_a_destination_on_the_registry_ports_unless_written_otherwise() -> None:
@@ -137,11 +169,53 @@ def test_without_a_file_docker_hub_alone_is_enforced() -> None:
     assert not NameIndex(policy).match("ghcr.io")
 
 
-@pytest.mark.parametrize(("wsl", "level"), [(False, Level.OFF), (True, Level.STRICT)])
-def test_the_host_is_judged_by_default_only_in_wsl(wsl: bool, level: Level) -> None:
+@pytest.mark.parametrize(("wsl", "level"), [(False, Level.REGISTRIES), (True, Level.STRICT)])
+def test_the_host_is_refused_registries_by_default_and_in_wsl_everything(wsl: bool, level: Level) -> None:
     assert default_policy(wsl=wsl).scope == Scope(Level.STRICT, Level.STRICT, level)
-    assert parse('[scope]\nhost = "off"', "p", wsl=wsl).scope.host is Level.OFF
-    assert parse('[scope]\nhost = "strict"', "p", wsl=wsl).scope.host is Level.STRICT
+
+
+@pytest.mark.parametrize("wsl", [False, True])
+@pytest.mark.parametrize("level", Level)
+@pytest.mark.parametrize("scope", ["containers", "engines", "host"])
+def test_every_scope_takes_every_level(scope: str, level: Level, wsl: bool) -> None:
+    read = parse(f'[scope]\n{scope} = "{level.value}"', "p", wsl=wsl).scope
+    assert read == replace(default_policy(wsl=wsl).scope, **{scope: level})
+
+
+@pytest.mark.parametrize(
+    ("levels", "strictest"),
+    [
+        ((Level.OFF, Level.REGISTRIES, Level.STRICT), Level.STRICT),
+        ((Level.REGISTRIES, Level.OFF, Level.OFF), Level.REGISTRIES),
+        ((Level.OFF, Level.OFF, Level.REGISTRIES), Level.REGISTRIES),
+        ((Level.OFF, Level.OFF, Level.OFF), Level.OFF),
+    ],
+)
+def test_the_strictest_level_is_strict_then_registries_then_off(
+    levels: tuple[Level, Level, Level], strictest: Level
+) -> None:
+    assert Scope(*levels).strictest is strictest
+
+
+def test_names_are_verified_unless_a_rule_says_otherwise() -> None:
+    for key in ("registry", "destination"):
+        rule = f'[[{key}]]\nname = "a"\nhosts = ["a.b"]\n'
+        assert [read.verify for read in parse(rule, "p").rules] == [Verify.NAME]
+        assert [read.verify for read in parse(rule + 'verify = "name"', "p").rules] == [Verify.NAME]
+        assert [read.verify for read in parse(rule + 'verify = "address"', "p").rules] == [Verify.ADDRESS]
+    assert {rule.verify for rule in default_policy().rules} == {Verify.NAME}
+
+
+@pytest.mark.parametrize("place", ['hosts = ["proxy.corp.example"]', 'addresses = ["10.0.0.7"]'])
+def test_a_proxy_is_found_by_name_or_by_address(place: str) -> None:
+    (rule,) = parse(f'[[proxy]]\nname = "a"\nports = [3128]\n{place}', "p").rules
+    assert (rule.kind, rule.ports, rule.private_addresses) == (RuleKind.PROXY, (3128,), True)
+    assert bool(rule.hosts) != bool(rule.addresses)
+
+
+@pytest.mark.parametrize("text", ["[mark]", "[mark]\nmask = 0xE0000000", "[mark]\nmask = 3758096384"])
+def test_marks_are_the_default_unless_written_otherwise(text: str) -> None:
+    assert parse(text, "policy.toml").marks == DEFAULT_MARKS == default_policy().marks
 
 
 def test_a_policy_without_rules_is_legal_and_permits_nothing() -> None:
@@ -203,9 +277,44 @@ def test_host_names_are_normalized(written: str, pattern: str) -> None:
         ("mode = 'enforce'\ncontact = 'a", 2, "not TOML", "double quotes"),
         ("mode = 'enforced'", 1, '"enforced"', '"enforce" or "observe"'),
         ("mode = true", 1, "true", '"enforce" or "observe"'),
-        ("[scope]\n\nhost = 'on'", 3, '"on"', '"strict" or "off"'),
-        ("ports = [443]\r\n[scope]\r\nhost = 'on'\r\n", 3, '"on"', '"strict" or "off"'),
+        ("[scope]\n\nhost = 'on'", 3, '"on"', '"strict", "registries" or "off"'),
+        ("ports = [443]\r\n[scope]\r\nhost = 'on'\r\n", 3, '"on"', '"strict", "registries" or "off"'),
+        ("[scope]\nengines = 'registry'", 2, '"registry"', '"strict", "registries" or "off"'),
+        ("[[registry]]\nname = 'a'\nhosts = ['a.b']\nverify = 'sni'", 4, '"sni"', '"name" or "address"'),
+        ("[[destination]]\nname = 'a'\nhosts = ['a.b']\nverify = false", 4, "false", '"name" or "address"'),
+        (
+            "[[registry]]\nname = 'a'\naddresses = ['10.0.0.1']\nverify = 'name'",
+            4,
+            "verify says nothing without hosts",
+            "remove it",
+        ),
+        ("[[preset]]\nname = 'ghcr'\nverify = 'address'", 3, 'unknown key "verify"', "write name"),
+        ("[[proxy]]\nname = 'a'\nhosts = ['a.b']\nports = [1]\nverify = 'name'", 5, "unknown key", "write name, hosts"),
+        ("[[proxy]]\nname = 'a'\nhosts = ['a.b']", 1, "ports is missing", "ports = [3128]"),
+        ("[[proxy]]\nname = 'a'\nhosts = ['a.b']\nports = []", 4, "0 ports", "1 to 8"),
+        ("[[proxy]]\nname = 'a'\nhosts = ['a.b']\nports = ['3128']", 4, '"3128" is not a port', "without quotes"),
+        ("[[proxy]]\nname = 'a'\nports = [3128]", 1, '"a" is nowhere', 'hosts = ["proxy.example.com"]'),
+        ("[[proxy]]\nhosts = ['a.b']\nports = [3128]", 1, "name is missing", 'name = "corp-proxy"'),
+        ("[[proxy]]\nname = 'a'\nhosts = ['http://a.b:3128']\nports = [3128]", 3, "a URL", 'only the host: "a.b"'),
+        ("[[proxy]]\nname = 'a'\naddresses = ['0.0.0.0/0']\nports = [3128]", 3, "permits every address", "networks"),
+        ("proxy = 'http://a.b:3128'", 1, "not a list", "[[proxy]]"),
+        ("[proxy]\nname = 'a'", 1, "not a list", "[[proxy]]"),
+        (
+            "[[registry]]\nname = 'a'\nhosts = ['a.b']\n[[proxy]]\nname = 'a'\nhosts = ['a.c']\nports = [1]",
+            5,
+            "a second rule",
+            "its own name",
+        ),
         ("scope = 'strict'", 1, "not a table", "containers, engines or host"),
+        ("mark = 0xE0000000", 1, "3758096384 is not a table", "a table with mask"),
+        ("[mark]\nbits = 3", 2, 'unknown key "bits"', "write mask"),
+        ("[mark]\n\nmask = '0xE0000000'", 3, '"0xE0000000" is not a number', "without quotes, such as 0xe0000000"),
+        ("[mark]\nmask = true", 2, "true is not a number", "without quotes"),
+        ("[mark]\nmask = 0xF0000000", 2, "0xf0000000 is not a mask of 3 bits", "3 of 32 bits set"),
+        ("[mark]\nmask = 0xffffffff", 2, "0xffffffff is not a mask of 3 bits", "such as 0xe0000000"),
+        ("[mark]\nmask = 0x1C0000000", 2, "0x1c0000000 is not a mask of 3 bits", "3 of 32 bits set"),
+        ("[mark]\nmask = 0", 2, "0x0 is not a mask of 3 bits", "3 of 32 bits set"),
+        ("[mark]\nmask = -7", 2, "-0x7 is not a mask of 3 bits", "3 of 32 bits set"),
         ("ports = 443", 1, "443 is not a list", "ports = [443]"),
         ("ports = []", 1, "0 ports", "1 to 8"),
         ("ports = [1, 2, 3, 4, 5, 6, 7, 8, 9]", 1, "9 ports", "1 to 8"),
@@ -269,6 +378,9 @@ def test_host_names_are_normalized(written: str, pattern: str) -> None:
         ("[[registry]]\nname = 'a'\naddresses = ['fe80::1%eth0']", 3, "never occurs", "IPv6"),
         ("[[registry]]\nname = 'a'\naddresses = [10]", 3, "10 is not a string", "double quotes"),
         ("[resolvers]\ntrusted = 'auto'", 2, "not a list", 'trusted = ["auto"]'),
+        ("[resolvers]\ndns_over_tls = 'off'", 2, '"off" is not known', '"allow" or "refuse"'),
+        ("[resolvers]\ndns_over_tls = true", 2, "true is not known", '"allow" or "refuse"'),
+        ("[scope]\ncontainers = 'off'\n[resolvers]\ndns_over_tls = 'refuse'", 4, "their scope is off", '"strict"'),
         ("[resolvers]\ntrusted = []", 2, "0 resolvers", '["auto"]'),
         ("[resolvers]\ntrusted = ['dns.corp.example']", 2, "not a resolver", '"auto"'),
         ("[resolvers]\ntrusted = ['0.0.0.0']", 2, "no host's address", '"auto"'),
@@ -402,8 +514,9 @@ def test_arbitrary_text_is_a_policy_or_a_mistake(text: str | bytes) -> None:
 
 
 WORDS = st.sampled_from(
-    ["organization", "mode", "ports", "presets", "preset", "scope", "registry", "destination", "resolvers", "name",
-     "hosts", "addresses", "trusted", "auto", "enforce", "strict", "ghcr", "ecr", "account", "region", "*.example.com"]
+    ["organization", "mode", "ports", "presets", "preset", "scope", "registry", "destination", "proxy", "resolvers",
+     "name", "hosts", "verify", "registries", "addresses", "address", "trusted", "auto", "dns_over_tls", "refuse",
+     "enforce", "strict", "ghcr", "ecr", "account", "region", "*.example.com"]
 )  # fmt: skip
 SCALARS = st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False), WORDS, st.text(max_size=20))
 VALUES = st.recursive(
@@ -464,6 +577,7 @@ def test_a_line_is_found_whatever_stands_before_it(before: list[tuple[str, str]]
 def test_a_file_is_read_and_names_itself_in_mistakes(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_text(FULL)
+    path.chmod(0o644)
     assert read_policy(path) == parse(FULL, str(path))
     path.write_text("mode = 1")
     with pytest.raises(PolicyError, match=re.escape(f"{path}:1: 1 is not known here; ")):
@@ -473,7 +587,7 @@ def test_a_file_is_read_and_names_itself_in_mistakes(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"missing\.toml:1: cannot be read: No such file or directory; "):
         read_policy(tmp_path / "missing.toml")
-    with pytest.raises(PolicyError, match=":1: cannot be read: Is a directory; "):
+    with pytest.raises(PolicyError, match=r":1: .* is not a regular file; "):
         read_policy(tmp_path)
     path = tmp_path / "empty.toml"
     path.touch()
@@ -483,13 +597,23 @@ def test_a_file_that_cannot_be_read_is_a_mistake(tmp_path: Path) -> None:
 
 def test_a_file_without_end_is_read_to_the_limit_only(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="/dev/zero:1: longer than 32 MiB; "):
-        read_policy(Path("/dev/zero"))
+        read_policy(Path("/dev/zero"), trusting=True)
     path = tmp_path / "sparse.toml"
     path.write_text("mode = 'observe' #")
     with path.open("r+b") as file:
         file.truncate(MAX_POLICY_BYTES)
     with pytest.raises(PolicyError, match="not TOML"):  # a comment may not hold NUL: it was read
         read_policy(path)
+
+
+def test_a_file_that_others_may_write_is_a_mistake_unless_nobody_enforces_by_it(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(FULL)
+    path.chmod(0o666)
+    refusal = re.escape(f"{path}:1: {path} can be written by others (mode 0666); chmod go-w {path}")
+    with pytest.raises(PolicyError, match=refusal):
+        read_policy(path)
+    assert read_policy(path, trusting=True) == parse(FULL, str(path))
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------
@@ -548,6 +672,7 @@ def test_an_answer_in_a_private_range_teaches_for_the_operators_rules_only() -> 
         "ecr": False,
         "corp": True,
         "mirror": True,
+        "corp-proxy": True,
     }
 
 
@@ -563,6 +688,7 @@ RULES = st.lists(
         kind=st.sampled_from(RuleKind),
         hosts=st.lists(PATTERNS, min_size=1, max_size=6, unique=True).map(tuple),
         ports=st.lists(st.integers(1, 20), min_size=1, max_size=6, unique=True).map(lambda ports: tuple(sorted(ports))),
+        verify=st.sampled_from(Verify),
     ),
     max_size=6,
 ).map(lambda rules: [replace(rule, name=f"rule-{number}") for number, rule in enumerate(rules)])
@@ -620,9 +746,13 @@ def test_the_index_takes_any_text_for_a_name(name: str) -> None:
 
 
 @given(RULES, NAMES, st.integers(1, 20))
-def test_a_verdict_allows_exactly_what_some_rule_allows(rules: list[Rule], name: str, port: int) -> None:
+def test_a_verdict_allows_what_some_rule_allows_and_no_proxys_own_name(rules: list[Rule], name: str, port: int) -> None:
     verdict = NameIndex(of_rules(*rules)).judge(name, port)
-    covering = [rule for rule in rules if any(pattern.matches(name) for pattern in rule.hosts)]
+    covering = [
+        rule
+        for rule in rules
+        if rule.kind is not RuleKind.PROXY and any(pattern.matches(name) for pattern in rule.hosts)
+    ]
     allowing = [rule.name for rule in covering if port in rule.ports]
     assert verdict.allowed == bool(allowing)
     if allowing:
@@ -646,6 +776,43 @@ def test_the_longest_pattern_alone_permits_what_all_rules_permit_and_no_more(rul
     ports = sorted({port for rule in covering for port in rule.ports})
     assert list(longest.ports) == ports[:MAX_PORTS_PER_NAME]
     assert longest.private_addresses == all(rule.kind is not RuleKind.PRESET for rule in covering)
+
+    def ports_of(*chosen: Rule) -> set[int]:
+        return {port for rule in chosen for port in rule.ports} & set(longest.ports)
+
+    proxies = [rule for rule in covering if rule.kind is RuleKind.PROXY]
+    assert longest.proxy_ports == ports_of(*proxies)
+    assert longest.named_ports == ports_of(*(rule for rule in covering if rule not in proxies))
+    assert longest.address_ports == ports_of(*(rule for rule in covering if rule.verify is Verify.ADDRESS))
+    assert longest.proxy_ports | longest.named_ports == set(longest.ports)
+    assert (longest.proxy, longest.verify_address) == (bool(longest.proxy_ports), bool(longest.address_ports))
+
+
+def test_a_proxy_below_a_registrys_wildcard_keeps_its_ports_apart() -> None:
+    policy = parse(
+        '[[registry]]\nname = "corp"\nhosts = ["*.corp.example"]\nverify = "address"\n'
+        '[[proxy]]\nname = "proxy"\nhosts = ["proxy.corp.example"]\nports = [3128]\n',
+        "p",
+    )
+    by_name = {str(permission.pattern): permission for permission in name_permissions(policy)}
+    proxy, other = by_name["proxy.corp.example"], by_name["*.corp.example"]
+    assert (proxy.ports, other.ports) == ((443, 3128), (443,))
+    assert [sorted(ports) for ports in (proxy.named_ports, proxy.address_ports, proxy.proxy_ports)] == [
+        [443],
+        [443],
+        [3128],
+    ]
+    assert [sorted(ports) for ports in (other.named_ports, other.address_ports, other.proxy_ports)] == [
+        [443],
+        [443],
+        [],
+    ]
+    index = NameIndex(policy)
+    assert index.judge("proxy.corp.example", 443).allowed
+    assert index.judge("proxy.corp.example", 3128) == Verdict("corp", Reason.UNLISTED_PORT)
+    proxy_alone = NameIndex(of_rules(*(rule for rule in policy.rules if rule.kind is RuleKind.PROXY)))
+    for port in (443, 3128):
+        assert proxy_alone.judge("proxy.corp.example", port) == Verdict(None, Reason.UNLISTED_NAME)
 
 
 def test_a_pattern_keeps_its_number_across_runs() -> None:

@@ -14,12 +14,28 @@ from typing import Self
 
 import pytest
 
-from enforcer.kernel_abi import MARK_VOUCHED, MarkedScope
+from enforcer.kernel_abi import MarkedScope
 from enforcer.nft import Nft
 from enforcer.policy import Level, Mode, Policy, Scope
 from enforcer.ruleset import CountedScope, Redirected, Responder, render_internal, render_removal, render_ruleset
 from tests import test_nft
-from tests.test_nft import ALL_STRICT, INTERNAL, SCOPES, Host, Lab, Plan, inside, nft_in, opened, run, udp
+from tests.test_nft import (
+    ALL_STRICT,
+    CONTAINER,
+    ENGINE,
+    HOST,
+    INTERNAL,
+    MARKS,
+    SCOPES,
+    Host,
+    Lab,
+    Plan,
+    inside,
+    nft_in,
+    opened,
+    run,
+    udp,
+)
 from tests.test_ruleset import DEFAULT, FULL
 
 pytestmark = pytest.mark.root
@@ -37,7 +53,7 @@ GATE = f"""\
 table inet gate {{
 	chain prerouting {{
 		type filter hook prerouting priority mangle;
-		iifname {{ "br0", "br1" }} meta l4proto tcp meta mark set meta mark | {MarkedScope.CONTAINER:#x}
+		iifname {{ "br0", "br1" }} meta l4proto tcp meta mark set meta mark | {CONTAINER:#x}
 	}}
 }}
 """
@@ -150,24 +166,24 @@ def test_local_socket_of_a_strict_scope_is_answered_and_counted_once(
     host: AnsweringHost, plan: Plan, mark: MarkedScope
 ) -> None:
     host.enforce(ALL_STRICT)
-    assert tcp(host.lab.host, plan.evil, mark=mark) is Outcome.ANSWERED
+    assert tcp(host.lab.host, plan.evil, mark=MARKS.of(mark)) is Outcome.ANSWERED
     assert host.counted() == {f"refused_{SCOPES[mark].value}_tcp": 1}
     host.learn(plan.good)
-    assert tcp(host.lab.host, plan.good, mark=mark) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.good, mark=MARKS.of(mark)) is Outcome.OPEN
     host.enforce(replace(DEFAULT, scope=Scope(Level.OFF, Level.OFF, Level.OFF)))
-    assert tcp(host.lab.host, plan.evil, mark=mark) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, mark=MARKS.of(mark)) is Outcome.OPEN
     assert host.counted() == {f"refused_{SCOPES[mark].value}_tcp": 1}
 
 
 def test_engine_is_answered_on_every_port(host: AnsweringHost, plan: Plan) -> None:
-    assert tcp(host.lab.host, plan.evil, 8443, MarkedScope.ENGINE) is Outcome.ANSWERED
-    assert tcp(host.lab.host, plan.evil, 53, MarkedScope.ENGINE) is Outcome.OPEN
-    assert tcp(host.lab.host, plan.evil, 8443, MarkedScope.HOST) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, 8443, ENGINE) is Outcome.ANSWERED
+    assert tcp(host.lab.host, plan.evil, 53, ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, 8443, HOST) is Outcome.OPEN
 
 
 def test_vouched_for_is_let_through_before_the_set_knows(host: AnsweringHost, plan: Plan) -> None:
-    assert tcp(host.lab.host, plan.evil, mark=MarkedScope.ENGINE | MARK_VOUCHED) is Outcome.OPEN
-    run(host.lab.host, "nft", f"add rule inet gate prerouting meta mark set meta mark | {MARK_VOUCHED:#x}")
+    assert tcp(host.lab.host, plan.evil, mark=ENGINE | MARKS.vouched) is Outcome.OPEN
+    run(host.lab.host, "nft", f"add rule inet gate prerouting meta mark set meta mark | {MARKS.vouched:#x}")
     assert tcp(host.lab.box, plan.evil) is Outcome.OPEN
     assert host.counted() == {}
 
@@ -175,14 +191,14 @@ def test_vouched_for_is_let_through_before_the_set_knows(host: AnsweringHost, pl
 def test_observe_mode_answers_nobody(host: AnsweringHost, plan: Plan) -> None:
     host.enforce(replace(DEFAULT, mode=Mode.OBSERVE))
     assert tcp(host.lab.box, plan.evil) is Outcome.OPEN
-    assert tcp(host.lab.host, plan.evil, mark=MarkedScope.ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.evil, mark=ENGINE) is Outcome.OPEN
     assert host.counted() == {"observed_container_tcp": 1, "observed_engine_tcp": 1}
 
 
 # --- who is reset as before ------------------------------------------------------------------------------------------
 def test_without_the_daemon_clients_are_reset_at_once(silent_host: AnsweringHost, plan: Plan) -> None:
     assert tcp(silent_host.lab.box, plan.evil) is Outcome.RESET
-    assert tcp(silent_host.lab.host, plan.evil, mark=MarkedScope.ENGINE) is Outcome.RESET
+    assert tcp(silent_host.lab.host, plan.evil, mark=ENGINE) is Outcome.RESET
     assert silent_host.counted() == {"refused_container_tcp": 1, "refused_engine_tcp": 1}
 
 
@@ -195,15 +211,15 @@ def test_packet_that_the_gate_has_not_seen_is_judged_in_forward(host: AnsweringH
 def test_client_behind_an_interface_without_an_address_is_reset(host: AnsweringHost, plan: Plan) -> None:
     host.nft.apply(render_internal(INTERNAL, FULL, Responder(PORT)))
     assert tcp(host.lab.box, plan.evil) is Outcome.RESET
-    assert tcp(host.lab.host, plan.evil, mark=MarkedScope.ENGINE) is Outcome.ANSWERED
+    assert tcp(host.lab.host, plan.evil, mark=ENGINE) is Outcome.ANSWERED
     host.enforce(DEFAULT, replace(ANSWERING, local=False))
     assert tcp(host.lab.box, plan.evil) is Outcome.ANSWERED
-    assert tcp(host.lab.host, plan.evil, mark=MarkedScope.ENGINE) is Outcome.RESET
+    assert tcp(host.lab.host, plan.evil, mark=ENGINE) is Outcome.RESET
 
 
 def test_socket_that_is_bound_to_the_uplink_is_refused_at_once(host: AnsweringHost) -> None:
     address = test_nft.V4.evil  # over IPv6 it would wait
-    with opened(host.lab.host, socket.SOCK_STREAM, address, MarkedScope.ENGINE, AT_ONCE_SECONDS) as client:
+    with opened(host.lab.host, socket.SOCK_STREAM, address, ENGINE, AT_ONCE_SECONDS) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"uplink")
         with pytest.raises(ConnectionRefusedError):
             client.connect((address, 443))
@@ -243,7 +259,7 @@ def test_what_stays_in_this_host_or_comes_in_is_never_answered(
 def test_earlier_translation_wins_and_is_judged_by_where_it_leads(host: AnsweringHost, plan: Plan) -> None:
     host.learn(plan.good)
     assert tcp(host.lab.box, plan.good_service) is Outcome.OPEN
-    assert tcp(host.lab.host, plan.good_service, mark=MarkedScope.ENGINE) is Outcome.OPEN
+    assert tcp(host.lab.host, plan.good_service, mark=ENGINE) is Outcome.OPEN
     assert tcp(host.lab.box, plan.evil_service, seconds=3) is Outcome.RESET
     assert host.packets(CountedScope.CONTAINER) >= 1
 
@@ -280,7 +296,7 @@ def test_reload_under_traffic_opens_nothing_and_loses_nothing(host: AnsweringHos
         while not stop.is_set():
             seen["good"].add(tcp(host.lab.box, plan.good))
             seen["evil"].add(tcp(host.lab.box, plan.evil))
-            seen["engine"].add(tcp(host.lab.host, plan.evil, mark=MarkedScope.ENGINE))
+            seen["engine"].add(tcp(host.lab.host, plan.evil, mark=ENGINE))
 
     prober = threading.Thread(target=probe)
     prober.start()

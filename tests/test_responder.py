@@ -37,6 +37,7 @@ link set lo up
 link add out type veth peer name far
 link set far up
 address add 192.0.2.1/24 dev out
+address add 192.0.2.2/24 dev out
 address add 2001:db8::1/64 dev out nodad
 link set out up
 """
@@ -77,10 +78,12 @@ class Answering:
     def told(self) -> Counter[Answered]:
         return Counter(refusal.answered for refusal in self.refusals)
 
-    async def connect(self, version: int = 4, port: int = 443) -> socket.socket:
+    async def connect(self, version: int = 4, port: int = 443, source: str | None = None) -> socket.socket:
         with inside(self._namespace):
             client = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
         client.setblocking(False)
+        if source is not None:
+            client.bind((source, 0))
         await asyncio.get_running_loop().sock_connect(client, (REGISTRY[version], port))
         return client
 
@@ -362,6 +365,26 @@ def test_flood_of_names_is_answered_and_the_loop_goes_on(
 # --- many ------------------------------------------------------------------------------------------------------------
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_one_containers_crowd_drops_its_own_and_not_the_slow_client_of_another(
+    answering: Callable[[Scenario], None],
+) -> None:
+    async def scenario(answering: Answering) -> None:
+        with await answering.connect(source="192.0.2.2") as slow:
+            crowd = [await answering.connect() for _ in range(MAX_CLIENTS * 3 // 2)]
+            await until(lambda: answering.told()[Answered.DROPPED] >= MAX_CLIENTS // 2)
+            assert len(answering.responder) <= MAX_CLIENTS
+            await asyncio.get_running_loop().sock_sendall(slow, REQUEST)
+            assert (await everything(slow)).startswith(b"HTTP/1.1 403 ")
+            for client in crowd:
+                client.close()
+        dropped = {refusal.source[0] for refusal in answering.refusals if refusal.answered is Answered.DROPPED}
+        assert dropped == {ip_address("192.0.2.1")}
+        await until(lambda: len(answering.responder) == 0)
+        assert answering.responder._crowds == {}
+
+    answering(scenario)
 
 
 @pytest.mark.timeout(60)

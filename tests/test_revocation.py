@@ -11,7 +11,7 @@ import pytest
 
 from enforcer import conntrack
 from enforcer.learned import Destination, LearnedAddress, LearnedAddresses
-from enforcer.policy import HostPattern, Level, Mode, Policy, Scope
+from enforcer.policy import DnsOverTls, HostPattern, Level, Mode, Policy, Resolvers, Scope
 from enforcer.revocation import lists, lists_address, narrows, to_judge_again
 from tests.test_audit import in_namespace
 from tests.test_ruleset import DEFAULT, rule
@@ -56,6 +56,14 @@ def test_what_nobody_judged_is_judged_when_the_policy_does(before: Policy) -> No
     assert again(before, DEFAULT) == unlisted
     without_engines = replace(DEFAULT, scope=NOTHING_OFF.scope)
     assert again(before, without_engines) == [text for text in unlisted if text.split()[1] in ("443", "5000")]
+
+
+def test_open_dns_over_tls_of_containers_is_judged_when_the_policy_refuses_it() -> None:
+    before = replace(DEFAULT, scope=NOTHING_OFF.scope)
+    after = replace(before, resolvers=Resolvers(True, (), DnsOverTls.REFUSE))
+    assert narrows(before, after)
+    assert to_judge_again(before, after, LEARNED, [at("198.51.100.7", 853)]) == (at("198.51.100.7", 853),)
+    assert not narrows(after, before)
 
 
 def test_policy_that_refuses_no_more_than_before_asks_for_nothing() -> None:

@@ -15,15 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from enforcer import baseline
-from enforcer.kernel_abi import MarkedScope, Protocol
+from enforcer.kernel_abi import DEFAULT_MARKS, MarkedScope, Marks, Protocol
 from enforcer.ladder import Capabilities, Feature
-from enforcer.policy import HostPattern, Level, Mode, Policy, Resolvers, Rule, RuleKind, Scope
+from enforcer.policy import DnsOverTls, HostPattern, Level, Mode, Policy, Resolvers, Rule, RuleKind, Scope
 from enforcer.ruleset import (
     LEARNED_SETS,
     CountedScope,
     Element,
     Responder,
     counter_name,
+    marks_of,
     render_cgroups,
     render_elements,
     render_internal,
@@ -65,10 +66,18 @@ POLICIES = {
             rule("mirror", "192.0.2.7", kind=RuleKind.DESTINATION),
         ),
     ),
+    "registries": replace(DEFAULT, scope=Scope(Level.STRICT, Level.STRICT, Level.REGISTRIES)),
+    "proxy": replace(
+        DEFAULT,
+        scope=Scope(Level.REGISTRIES, Level.REGISTRIES, Level.OFF),
+        rules=(rule("corp-proxy", "10.30.0.7", "2001:db8::30/127", kind=RuleKind.PROXY, ports=(3128, 8080)),),
+    ),
     "hostile-names": replace(
         DEFAULT, rules=(rule(HOSTILE_NAME, "10.0.0.0/8"),), source=HOSTILE_NAME, digest=HOSTILE_NAME
     ),
+    "marks": replace(DEFAULT, marks=Marks(0x80000101)),
     "responder": DEFAULT,
+    "responder-dns-over-tls": replace(DEFAULT, resolvers=Resolvers(True, (), DnsOverTls.REFUSE)),
     "responder-observe": replace(DEFAULT, mode=Mode.OBSERVE),
 }
 RESPONDER = Responder(942, interfaces4=frozenset({"docker0"}))
@@ -102,6 +111,27 @@ def test_ruleset_is_the_golden(name: str) -> None:
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
     assert text == path.read_text()
+
+
+def test_only_the_mask_of_the_policy_is_read() -> None:
+    text = render_ruleset(replace(DEFAULT, marks=Marks(0x700)), FULL, [], RESPONDER)
+    assert sorted(re.findall(r"meta mark (\S.*?) (?:accept|goto)", text)) == [
+        "& 0x00000300 != 0x00000300",
+        "& 0x00000300 == 0x00000100",
+        "& 0x00000300 == 0x00000200",
+        "& 0x00000300 == 0x00000300",
+        "& 0x00000400 == 0x00000400",
+    ]
+
+
+@pytest.mark.parametrize("marks", [DEFAULT_MARKS, Marks(0x80000101), Marks(7)])
+def test_table_says_which_bits_it_reads(marks: Marks) -> None:
+    text = render_ruleset(replace(DEFAULT, marks=marks), FULL, [])
+    chains = re.findall(r"chain (\w+)", text)
+    assert marks_of(chains) == marks
+    before = re.findall(r"chain (\w+)", render_ruleset(replace(DEFAULT, marks=Marks(0x700)), baseline.CAPABILITIES, []))
+    assert marks_of(before) is None  # nobody sets marks before the daemon
+    assert marks_of([*before, *chains]) == marks  # its chains stay in the daemon's table
 
 
 CGROUPS = [
@@ -178,11 +208,11 @@ def test_full_ruleset_uses_all_of_it() -> None:
 
 def test_cgroups_are_told_by_the_same_rules_when_they_change() -> None:
     capabilities = RUNGS["without-bpf"]
-    text = render_cgroups(capabilities, CGROUPS)
-    rules = re.findall(r"^add rule inet registry_enforcer judge_local (.*)$", text, re.MULTILINE)
+    text = render_cgroups(DEFAULT_MARKS, capabilities, CGROUPS)
+    rules = re.findall(r"^add rule inet registry_enforcer own_mark (.*)$", text, re.MULTILINE)
     assert rules
     assert "\n".join(f"\t\t{rule}" for rule in rules) in rung_text("without-bpf")
-    assert render_cgroups(FULL, CGROUPS) == ""
+    assert render_cgroups(DEFAULT_MARKS, FULL, CGROUPS) == ""
 
 
 def test_kernel_without_a_reporting_log_writes_a_few_lines_into_its_own_log_instead() -> None:

@@ -168,6 +168,21 @@ def test_policy_of_the_machine_stays_as_it_is(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.parametrize(("mode", "asked"), [("all", False), ("booted", True)])
+def test_only_what_boots_systems_wants_systemds_container_tools(sandbox: Sandbox, mode: str, asked: bool) -> None:
+    sandbox.run("tools/setup.sh", mode)
+    assert ("systemd-container" in sandbox.asked_to_install()) == asked
+
+
+@pytest.mark.parametrize(("named", "found"), [([], False), (["tests/booted"], True)])
+def test_systems_are_booted_only_where_they_are_named(named: list[str], found: bool) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *named]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("tests/booted/test_booted.py::" in done.stdout) == found
+
+
+@pytest.mark.root
 def test_without_root_set_up_names_what_is_missing_and_installs_nothing() -> None:
     with tempfile.TemporaryDirectory() as directory:
         sandbox = Sandbox(Path(directory))
@@ -482,6 +497,7 @@ def test_skip_is_a_failure_in_ci_only(tmp_path: Path, source: str, in_ci: bool) 
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
     (tmp_path / "test_skipping.py").write_text(f"{source}\ndef test_other(): pass\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("CI_", "PYTEST_"))}
+    environment["PYTHONPATH"] = str(ROOT)  # where conftest.py imports from
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path],
         env=environment | ({"CI_NO_SKIP": "1"} if in_ci else {}),
@@ -528,5 +544,5 @@ def test_wheel_carries_what_the_daemon_loads(tmp_path: Path) -> None:
     assert {"enforcer/cli.py", "enforcer/objects/enforcer.bpf.o", "enforcer/objects/enforcer-legacy.bpf.o"} <= names
     assert {f"enforcer/objects/bpf/{path.name}" for path in tracked("bpf/*.c", "bpf/*.h")} <= names
     assert {f"enforcer/presets/{path.name}" for path in tracked("enforcer/presets/*.toml")} <= names
-    assert "enforcer/presets/docker-hub.toml" in names
+    assert {"enforcer/presets/docker-hub.toml", "enforcer/catalogue.toml"} <= names
     assert not (tmp_path / "enforcer/objects").exists()

@@ -36,7 +36,13 @@ def test_without_a_file_nothing_is_loaded(tmp_path: Path) -> None:
     ["", "{", "[]", "null", '{"version": 2, "learned": []}', '{"version": 1, "learned": [[1]]}', "[" * 100_000,
      '{"version": 1, "learned": [["nowhere", 443, "a", "r", "a.b", 1]]}',
      '{"version": 1, "learned": [["192.0.2.1", "443", "a", "r", "a.b", 1]]}',
-     '{"version": 1, "learned": [["192.0.2.1", 443, "a", "r", "*", 1]]}'],
+     '{"version": 1, "learned": [["192.0.2.1", 443, "a", "r", "*", 1]]}',
+     # Believed, these would end the daemon at every start, or reach nftables or a terminal.
+     '{"version": 1, "learned": [["2606::1%eth0", 443, "a", "r", "a.b", 1]]}',
+     '{"version": 1, "learned": [["192.0.2.1", 65536, "a", "r", "a.b", 1]]}',
+     '{"version": 1, "learned": [["192.0.2.1", true, "a", "r", "a.b", 1]]}',
+     '{"version": 1, "learned": [["192.0.2.1", 443, "a", "r", "a.b", 1' + "0" * 400 + "]]}",
+     '{"version": 1, "learned": [["192.0.2.1", 443, "\\u001b[2J", "r", "a.b", 1]]}'],
 )  # fmt: skip
 def test_a_damaged_file_is_set_aside_and_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / state.FILE_NAME
@@ -47,6 +53,26 @@ def test_a_damaged_file_is_set_aside_and_named(text: str, tmp_path: Path) -> Non
     assert not path.exists()
     assert path.with_name(f"{state.FILE_NAME}.bad").read_text() == text
     assert state.load(tmp_path) == []
+
+
+def test_a_truncated_file_gives_nothing_wherever_it_ends(tmp_path: Path) -> None:
+    state.save(tmp_path, [ENTRY])
+    path = tmp_path / state.FILE_NAME
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(state.StateError, match="set aside"):
+            state.load(tmp_path)
+
+
+def test_a_file_larger_than_any_of_ours_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state.save(tmp_path, [ENTRY])
+    size = (tmp_path / state.FILE_NAME).stat().st_size
+    monkeypatch.setattr(state, "MAX_BYTES", size)
+    assert state.load(tmp_path) == [ENTRY]
+    monkeypatch.setattr(state, "MAX_BYTES", size - 1)
+    with pytest.raises(state.StateError, match=f"longer than {size - 1} bytes; set aside"):
+        state.load(tmp_path)
 
 
 @given(st.binary(max_size=200))
@@ -62,19 +88,41 @@ def test_no_content_of_the_file_gets_past_as_another_error(tmp_path: Path, conte
 def test_a_file_that_others_may_write_is_not_believed(tmp_path: Path) -> None:
     state.save(tmp_path, [ENTRY])
     (tmp_path / state.FILE_NAME).chmod(0o666)
-    with pytest.raises(state.StateError, match="alone may write"):
+    with pytest.raises(state.StateError, match=r"can be written by others \(mode 0666\); set aside"):
         state.load(tmp_path)
 
 
-def test_a_symbolic_link_or_a_pipe_is_not_followed(tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    state.save(elsewhere, [ENTRY])
-    (tmp_path / state.FILE_NAME).symlink_to(elsewhere / state.FILE_NAME)
-    with pytest.raises(state.StateError):
-        state.load(tmp_path)
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / state.FILE_NAME)
-    with pytest.raises(state.StateError):
+    with pytest.raises(state.StateError, match="not a regular file; set aside"):
         state.load(tmp_path)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("owner", "mode"), [(65_533, 0o755), (0, 0o777)], ids=["of another", "of all"])
+def test_a_directory_that_others_may_write_gives_nothing_and_takes_nothing(
+    tmp_path: Path, owner: int, mode: int
+) -> None:
+    directory = tmp_path / "state"
+    state.save(directory, [ENTRY])
+    before = (directory / state.FILE_NAME).read_bytes()
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (directory / f"{state.FILE_NAME}.new").symlink_to(victim)
+    (directory / f"{state.FILE_NAME}.bad").symlink_to(victim)
+    directory.chmod(mode)
+    os.chown(directory, owner, -1)
+    with pytest.raises(state.StateError, match=r"learned\.json: .*state "):
+        state.load(directory)
+    with pytest.raises(state.StateError, match="is not written: "):
+        state.save(directory, [])
+    assert (directory / state.FILE_NAME).read_bytes() == before
+    assert victim.read_text() == "precious"
+    directory.chmod(0o755)
+    os.chown(directory, 0, -1)
+    assert state.load(directory) == [ENTRY]
+    state.save(directory, [])
+    assert (state.load(directory), victim.read_text()) == ([], "precious")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,13 @@ def test_guest_without_network_is_asked_and_tested_only(machine: Machine) -> Non
 
 
 @pytest.mark.root
+def test_command_that_asks_doctor_itself_is_all_that_is_run(machine: Machine) -> None:
+    status, _, called = machine.provision("--no-setup", "--no-doctor", "--", "sh", "-c", "exit 0")
+    assert called == ["sh -c exit 0"]
+    assert status == 0
+
+
+@pytest.mark.root
 def test_what_failed_is_named_and_the_rest_still_runs(machine: Machine) -> None:
     (machine.path / "fails-demo").touch()
     (machine.path / "doctor").write_text("1")

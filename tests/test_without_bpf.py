@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from enforcer import bpf
+from enforcer import bpf, kernel_abi
 from enforcer.bpf import BpfError, BpfMap
 from enforcer.kernel_abi import MAX_RESOLVERS, Outcome
 from enforcer.without_bpf import Full, MemoryMap, MemoryState, NoLoader
@@ -50,8 +50,9 @@ def test_every_map_that_user_space_uses_is_there_with_the_layout_of_the_kernels(
         real = kernel.maps[name]
         assert (memory.key_size, memory.value_size) == (real.key_size, real.value_size), name
         assert memory.max_entries == real.max_entries, name
-    of_bpf_alone = {"queries", "events", "scratches", "levels", "registry_ports", "listed", "refusals"}
-    assert kernel.maps.keys() - MemoryState("a test").maps.keys() == of_bpf_alone
+    of_bpf_alone = {"queries", "events", "scratches", "registry_ports", "listed", "refusals"}
+    of_the_guard = {"flows", "hellos", "own_links", "uplinks", "catalogue", "answers", "guarded", "endings"}
+    assert kernel.maps.keys() - MemoryState("a test").maps.keys() == of_bpf_alone | of_the_guard
 
 
 def test_what_is_written_is_read_until_it_is_deleted(state: bpf.KernelState | MemoryState) -> None:
@@ -92,7 +93,7 @@ def test_keys_and_values_of_other_sizes_are_refused(state: bpf.KernelState | Mem
 def test_map_may_change_while_it_is_read(state: bpf.KernelState | MemoryState) -> None:
     opened: Map = state.maps["learned"]
     for number in range(8):
-        opened.update(number.to_bytes(20, "big"), bytes(16))
+        opened.update(number.to_bytes(20, "big"), bytes(kernel_abi.LEARNED.size))
     for key, _ in list(opened.items()):
         opened.delete(key)
     assert contents(opened) == {}

@@ -64,7 +64,7 @@ install_all() {
     check
     rm -rf "${destination}${library:?}"
     mkdir -p "$destination$library/enforcer/objects/bpf" "$destination$library/enforcer/presets"
-    install -m 644 enforcer/*.py "$destination$library/enforcer/"
+    install -m 644 enforcer/*.py enforcer/*.toml "$destination$library/enforcer/"
     install -m 644 enforcer/presets/*.toml "$destination$library/enforcer/presets/"
     install -m 644 build/enforcer.bpf.o build/enforcer-legacy.bpf.o "$destination$library/enforcer/objects/"
     install -m 644 bpf/*.[ch] bpf/LICENSE "$destination$library/enforcer/objects/bpf/"

@@ -2,7 +2,8 @@
 # Enforce on this host until Ctrl-C, then take everything out of the kernel again.
 # The daemon alone leaves enforcement in place when it stops; whoever tries it out on a terminal wants it gone.
 set -euo pipefail
-enforcer=$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/registry-enforcer
+# Nothing here is looked up in PATH, which is whatever the shell of whoever became root had.
+enforcer=${BASH_SOURCE[0]%/*}/../.venv/bin/registry-enforcer
 
 if ((EUID != 0)); then
     echo "run: enforcing needs root: sudo make run" >&2

@@ -4,6 +4,7 @@
 #   tools/setup.sh run       what enforcing on this host needs
 #   tools/setup.sh install   and what the installed program finds in the system instead of .venv/
 #   tools/setup.sh all       what the tests, the lab and the demo need besides
+#   tools/setup.sh booted    and what tests/booted need, which boot a system
 #
 # Packages are only added, but for busybox, which makes place for busybox-static: the same commands, for containers too.
 # No service is started or restarted by what is installed. Where the host's own Python and libbpf are too old, or its
@@ -57,12 +58,14 @@ test_packages=(
     skopeo
     slirp4netns
     squashfs-tools
-    systemd-container
+    tinyproxy-bin
     uidmap
     unbound
     zsh
     zstd
 )
+# systemd-container is of the running systemd's version, and where that is not the newest it would bring it along.
+booted_packages=(systemd-container)
 # Ubuntu 24.04 has none, and there the test of vagrant/ that wants it skips.
 grep -qsx 'ID=ubuntu' /etc/os-release || test_packages+=(vagrant)
 imports_of_run=(cryptography dns enforcer idna prometheus_client pyroute2)
@@ -214,7 +217,7 @@ make_venv() {
     if [[ -f $stamp && $(<"$stamp") == "$key" ]] && venv_works "$@"; then
         return
     fi
-    [[ $mode != all ]] || project=".[dev]"
+    [[ $mode != all && $mode != booted ]] || project=".[dev]"
     open_log
     say "making .venv and installing the Python packages of $project into it"
     # Not any other Python's: only the system's sees python3-nftables and python3-bpfcc. --clear would take away what a
@@ -249,7 +252,11 @@ case $mode in
         requirements=("${test_packages[@]}")
         imports=("${imports_of_all[@]}")
         ;;
-    *) fail "usage: tools/setup.sh [run|install|all]" ;;
+    booted)
+        requirements=("${test_packages[@]}" "${booted_packages[@]}")
+        imports=("${imports_of_all[@]}")
+        ;;
+    *) fail "usage: tools/setup.sh [run|install|all|booted]" ;;
 esac
 if reason=$(tools/userspace.sh why); then
     (bring_userspace "$reason") # its traps end with it

@@ -2,9 +2,10 @@
 # What a machine runs once this checkout is in it: set up, ask doctor, then what it was asked for. The last line is the
 # verdict, and the exit code is 0 only if all of it succeeded.
 #
-#   vagrant/provision.sh [--no-setup] [demo] [test] [-- COMMAND ARGUMENT...]
+#   vagrant/provision.sh [--no-setup] [--no-doctor] [demo] [test] [-- COMMAND ARGUMENT...]
 #
 #   --no-setup    everything is there already: nothing is installed, compiled or fetched (machines without a network)
+#   --no-doctor   COMMAND asks doctor itself
 #
 # make test has PYTEST_ARGS from the environment.
 set -euo pipefail
@@ -51,17 +52,19 @@ tools() {
 ((EUID == 0)) || { echo "provision: needs root" >&2; exit 1; }
 run_make=(make)
 setup=1
+doctor=1
 words=()
 command=()
 while (($#)); do
     case $1 in
         --no-setup) setup=0 run_make+=(--assume-old=setup) ;;
+        --no-doctor) doctor=0 ;;
         demo | test) words+=("$1") ;;
         --)
             command=("${@:2}")
             break
             ;;
-        *) echo "provision: usage: vagrant/provision.sh [--no-setup] [demo] [test] [-- COMMAND ARGUMENT...]" >&2; exit 2 ;;
+        *) echo "provision: usage: vagrant/provision.sh [--no-setup] [--no-doctor] [demo] [test] [-- COMMAND ARGUMENT...]" >&2; exit 2 ;;
     esac
     shift
 done
@@ -70,7 +73,7 @@ if ((setup)); then
     step "make and git" tools || verdict
     step "set-up" make setup || verdict
 fi
-step doctor tools/userspace.sh exec .venv/bin/registry-enforcer doctor || true
+((doctor == 0)) || step doctor tools/userspace.sh exec .venv/bin/registry-enforcer doctor || true
 for word in "${words[@]}"; do
     step "$word" "${run_make[@]}" "$word" PYTEST_ARGS="${PYTEST_ARGS-}" || true
 done

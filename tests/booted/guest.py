@@ -50,7 +50,7 @@ def unable() -> str:
         return "needs root"
     tools = ("debootstrap", "dpkg-deb", "systemd-nspawn", "nft", "ip", "nsenter")
     if missing := [tool for tool in tools if shutil.which(tool) is None]:
-        return f"booting needs {', '.join(missing)}: make setup"
+        return f"booting needs {', '.join(missing)}: make booted"
     return ""
 
 

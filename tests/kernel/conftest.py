@@ -43,7 +43,7 @@ def state(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def _harness(state: bpf.KernelState) -> Iterator[Harness]:
     harness = Harness(state)
-    with harness.events_reader:
+    with harness.events_reader, harness.endings_reader:
         yield harness
 
 

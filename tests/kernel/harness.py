@@ -12,7 +12,7 @@ import pytest
 
 from enforcer import bpf, kernel_abi
 from enforcer.dns_answer import SPECIAL_RANGES
-from enforcer.kernel_abi import DnsEvent, Judging, Outcome, Protocol
+from enforcer.kernel_abi import DEFAULT_MARKS, DnsEvent, Judging, MarkedScope, Marks, Outcome, Protocol
 from enforcer.policy import Address
 from tests import dns_vectors
 from tests.kernel import packets
@@ -24,7 +24,10 @@ CLIENT_PORT = 40_000
 TC_ACT_UNSPEC = 0xFFFFFFFF
 SECOND_NS = 1_000_000_000
 # What a kernel that lets connect hooks mark is given: not what takes their place on others.
-HOOKS = [hook.name.lower() for hook in bpf.CgroupHook if hook is not bpf.CgroupHook.SOCK_OPS]
+_BY_THEMSELVES = {bpf.CgroupHook.SOCK_OPS, bpf.CgroupHook.SETSOCKOPT}
+HOOKS = [hook.name.lower() for hook in bpf.CgroupHook if hook not in _BY_THEMSELVES]
+MASK, VOUCHED = DEFAULT_MARKS.mask, DEFAULT_MARKS.vouched
+HOST, ENGINE, CONTAINER = map(DEFAULT_MARKS.of, (MarkedScope.HOST, MarkedScope.ENGINE, MarkedScope.CONTAINER))
 FOREIGN_MARK = 0x0000_C0DE  # bits of somebody else
 QUERY_SECONDS, FLOOR_SECONDS, CEILING_SECONDS, MARGIN_SECONDS = 10, 300, 86_400, 60
 
@@ -35,6 +38,7 @@ class Harness:
     def __init__(self, state: bpf.KernelState) -> None:
         self.state = state
         self.events_reader = bpf.EventReader(state.maps["events"])
+        self.endings_reader = bpf.EventReader(state.maps["endings"])
         self.configure()
         maps = state.maps
         maps["resolvers"].update_many((kernel_abi.pack_address(a), b"\x01") for a in (RESOLVER_V4, RESOLVER_V6))
@@ -42,10 +46,18 @@ class Harness:
             (kernel_abi.pack_range_key(network.network_address, network.prefixlen), struct.pack("=I", range_class))
             for network, range_class in SPECIAL_RANGES
         )
-        for number, entry in enumerate(dns_vectors.POLICY):
-            key = kernel_abi.pack_name_key(entry.pattern.name, wildcard=entry.pattern.wildcard)
-            rule = kernel_abi.pack_name_rule(number, entry.ports, private_addresses=entry.private_addresses)
-            maps["names"].update(key, rule)
+        self.write_names()
+
+    def write_names(self) -> None:
+        """The names of dns_vectors, and no others."""
+        self.state.maps["names"].replace_all(
+            {
+                kernel_abi.pack_name_key(
+                    entry.pattern.name, wildcard=entry.pattern.wildcard
+                ): kernel_abi.pack_name_rule(number, entry.ports, private_addresses=entry.private_addresses)
+                for number, entry in enumerate(dns_vectors.POLICY)
+            }
+        )
 
     def configure(
         self,
@@ -56,6 +68,8 @@ class Harness:
         query_seconds: int = QUERY_SECONDS,
         judging: Judging = Judging.NOT,
         observing: bool = False,
+        recognising: bool = False,
+        marks: Marks = DEFAULT_MARKS,
     ) -> None:
         """Writes the settings; `pidns` is (device, inode) of the host's."""
         lifetimes = (FLOOR_SECONDS, CEILING_SECONDS, MARGIN_SECONDS, query_seconds)
@@ -65,9 +79,8 @@ class Harness:
                 0x0123456789ABCDEF,
                 *(seconds * SECOND_NS for seconds in lifetimes),
                 *(netns_cookie, *pidns),
-                *(kernel_abi.MARK_MASK, kernel_abi.MARK_VOUCHED),
-                *(kernel_abi.MarkedScope.HOST, kernel_abi.MarkedScope.ENGINE, kernel_abi.MarkedScope.CONTAINER),
-                *(configured, judging, observing),
+                *marks.settings,
+                *(configured, judging, observing, recognising, 0),
             ),
         )
 
@@ -129,18 +142,26 @@ class Harness:
     def learned(self) -> dict[tuple[Address, int], tuple[int, int]]:
         """(address, port) -> (expires_at, pattern_id)."""
         return {
-            kernel_abi.unpack_learned_key(key): kernel_abi.LEARNED.codec.unpack(value)
+            kernel_abi.unpack_learned_key(key): kernel_abi.LEARNED.codec.unpack(value)[:2]
             for key, value in self.state.maps["learned"].items()
         }
+
+    def used_at(self, address: Address, port: int) -> int:
+        """When a connection went to a learned address; 0: never."""
+        value = self.state.maps["learned"].lookup(kernel_abi.pack_learned_key(address, port))
+        assert value is not None
+        return int(kernel_abi.LEARNED.codec.unpack(value)[2])
 
     def addresses(self) -> set[Address]:
         """What was learned, whatever the port."""
         return {address for address, _ in self.learned()}
 
-    def vouch(self, address: Address, port: int, seconds: float) -> None:
+    def vouch(self, address: Address, port: int, seconds: float, *, unnamed: bool = False, proxy: bool = False) -> None:
         """Puts an address into `learned` that expires in `seconds`."""
         expires_at = self.state.now_ns() + int(seconds * SECOND_NS)
-        value = kernel_abi.LEARNED.codec.pack(expires_at, 0)
+        value = kernel_abi.pack_learned(
+            expires_at, 0, unnamed_until=expires_at * unnamed, proxy_until=expires_at * proxy
+        )
         self.state.maps["learned"].update(kernel_abi.pack_learned_key(address, port), value)
 
     def events(self) -> Iterator[DnsEvent]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from enforcer import bpf, procfs
-from enforcer.kernel_abi import COMM_BYTES, MARK_MASK, MARK_VOUCHED, NETNS_ANY, MarkedScope
-from tests.kernel.harness import FOREIGN_MARK, HOOKS, Harness
+from enforcer.kernel_abi import COMM_BYTES, NETNS_ANY, MarkedScope, Marks
+from tests.kernel.harness import CONTAINER, ENGINE, FOREIGN_MARK, HOOKS, HOST, MASK, VOUCHED, Harness
 
 pytestmark = pytest.mark.root
 
@@ -179,8 +179,8 @@ def scope_of(harness: Harness, path: Path, scope: MarkedScope) -> None:
 def test_connect_to_a_learned_address_is_vouched_for(harness: Harness, process: Process, address: str) -> None:
     for known in LEARNED.values():
         harness.vouch(known, 443, 60)
-    assert process.mark(address=address) == MARK_VOUCHED | MarkedScope.HOST
-    assert process.mark(address=address, port=5000) == MarkedScope.HOST
+    assert process.mark(address=address) == VOUCHED | HOST
+    assert process.mark(address=address, port=5000) == HOST
 
 
 @pytest.mark.parametrize("address", ["192.0.2.2", "2001:db8::2", "::ffff:192.0.2.2"])
@@ -189,17 +189,38 @@ def test_connect_elsewhere_is_not_vouched_for_whatever_the_socket_claims(
 ) -> None:
     for known in LEARNED.values():
         harness.vouch(known, 443, 60)
-    assert process.mark(address=address, mark=MARK_MASK | FOREIGN_MARK) == MarkedScope.HOST | FOREIGN_MARK
+    assert process.mark(address=address, mark=MASK | FOREIGN_MARK) == HOST | FOREIGN_MARK
+
+
+def test_connect_says_that_its_address_is_in_use(harness: Harness, process: Process) -> None:
+    harness.vouch(LEARNED[4], 443, 60)
+    harness.vouch(LEARNED[4], 5000, 60)
+    before = harness.state.now_ns()
+    process.mark()
+    assert before <= harness.used_at(LEARNED[4], 443) <= harness.state.now_ns()
+    assert harness.used_at(LEARNED[4], 5000) == 0
 
 
 def test_expired_address_is_not_vouched_for(harness: Harness, process: Process) -> None:
     harness.vouch(LEARNED[4], 443, -0.001)
-    assert process.mark() == MarkedScope.HOST
+    assert process.mark() == HOST
 
 
 def test_marks_of_others_survive(harness: Harness, process: Process) -> None:
     harness.vouch(LEARNED[4], 443, 60)
-    assert process.mark(mark=FOREIGN_MARK) == MARK_VOUCHED | MarkedScope.HOST | FOREIGN_MARK
+    assert process.mark(mark=FOREIGN_MARK) == VOUCHED | HOST | FOREIGN_MARK
+
+
+@pytest.mark.parametrize("mask", [0x00000700, 0x80000101, 0x00000007])
+def test_any_three_bits_serve(harness: Harness, process: Process, mask: int) -> None:
+    marks = Marks(mask)
+    others = 0x0F0F0F0F & ~mask
+    harness.vouch(LEARNED[4], 443, 60)
+    harness.configure(netns_cookie=process.netns_cookie, marks=marks)
+    for name, scope in ("host", MarkedScope.HOST), ("engine", MarkedScope.ENGINE), ("ct", MarkedScope.CONTAINER):
+        scope_of(harness, process.enter(name), scope)
+        assert process.mark(mark=mask | others) == marks.vouched | marks.of(scope) | others
+        assert process.mark(port=5000, mark=mask | others) == marks.of(scope) | others
 
 
 @pytest.mark.parametrize("operation", ["connect", "sendto"])
@@ -210,43 +231,43 @@ def test_udp_gets_its_scope_and_is_never_vouched_for(
     if operation == "sendto":
         need_programs(harness, "sendmsg4", "sendmsg6")  # 5.10 lets connect hooks mark, and not these
     harness.vouch(LEARNED[version], 443, 60)
-    forged = MARK_VOUCHED | MarkedScope.CONTAINER | FOREIGN_MARK
+    forged = VOUCHED | CONTAINER | FOREIGN_MARK
     mark = process.mark(operation, str(LEARNED[version]), kind="udp", mark=forged)
-    assert mark == MarkedScope.HOST | FOREIGN_MARK
+    assert mark == HOST | FOREIGN_MARK
 
 
 def test_new_socket_has_its_scope_already(harness: Harness, process: Process) -> None:
     scope_of(harness, process.enter("engine"), MarkedScope.ENGINE)
-    assert process.mark("none", kind="udp") == MarkedScope.ENGINE
+    assert process.mark("none", kind="udp") == ENGINE
     harness.configure(configured=False)
     assert process.mark("none", kind="udp") == 0
 
 
 def test_scope_is_that_of_the_cgroup_or_of_one_above(harness: Harness, process: Process) -> None:
     scope_of(harness, process.enter("engine"), MarkedScope.ENGINE)
-    assert process.mark() == MarkedScope.ENGINE
+    assert process.mark() == ENGINE
     process.enter("engine/a/b/c")
-    assert process.mark() == MarkedScope.ENGINE
+    assert process.mark() == ENGINE
     process.enter("other")
-    assert process.mark() == MarkedScope.HOST
+    assert process.mark() == HOST
 
 
 def test_deepest_known_cgroup_decides(harness: Harness, process: Process) -> None:
     scope_of(harness, process.enter("engine"), MarkedScope.ENGINE)
     scope_of(harness, process.enter("engine/containers/one"), MarkedScope.CONTAINER)
     process.enter("engine/containers/one/init")
-    assert process.mark() == MarkedScope.CONTAINER
+    assert process.mark() == CONTAINER
     process.enter("engine/containers")
-    assert process.mark() == MarkedScope.ENGINE
+    assert process.mark() == ENGINE
 
 
 def test_program_name_decides_where_no_cgroup_does(harness: Harness, process: Process) -> None:
     key = b"skopeo".ljust(COMM_BYTES, b"\0")
     harness.state.maps["programs"].update(key, struct.pack("=I", MarkedScope.ENGINE))
-    assert process.mark(comm="skopeo") == MarkedScope.ENGINE
-    assert process.mark(comm="skopeo2") == MarkedScope.HOST
+    assert process.mark(comm="skopeo") == ENGINE
+    assert process.mark(comm="skopeo2") == HOST
     scope_of(harness, process.enter("one"), MarkedScope.CONTAINER)
-    assert process.mark(comm="skopeo") == MarkedScope.CONTAINER
+    assert process.mark(comm="skopeo") == CONTAINER
 
 
 def test_process_outside_the_hosts_pid_namespace_is_a_container(harness: Harness, process: Process) -> None:
@@ -254,12 +275,12 @@ def test_process_outside_the_hosts_pid_namespace_is_a_container(harness: Harness
         pytest.skip("bpf_get_ns_current_pid_tgid is not allowed in cgroup hooks here (6.10)")
     identity = procfs.pidns_identity()
     harness.configure(netns_cookie=process.netns_cookie, pidns=identity)
-    assert process.mark(place="pidns") == MarkedScope.CONTAINER
-    assert process.mark(address="2001:db8::1", place="pidns") == MarkedScope.CONTAINER
-    assert process.mark("sendto", kind="udp", place="pidns") == MarkedScope.CONTAINER
-    assert process.mark() == MarkedScope.HOST
+    assert process.mark(place="pidns") == CONTAINER
+    assert process.mark(address="2001:db8::1", place="pidns") == CONTAINER
+    assert process.mark("sendto", kind="udp", place="pidns") == CONTAINER
+    assert process.mark() == HOST
     harness.configure(netns_cookie=process.netns_cookie)  # not known: cgroups and names decide
-    assert process.mark(place="pidns") == MarkedScope.HOST
+    assert process.mark(place="pidns") == HOST
 
 
 @pytest.mark.parametrize("operation", ["connect", "sendto"])
@@ -268,7 +289,7 @@ def test_sockets_of_other_network_namespaces_are_left_alone(harness: Harness, pr
         pytest.skip("nobody can ask for the cookie of a network namespace here (5.14): all count")
     harness.vouch(LEARNED[4], 443, 60)
     kind = "tcp" if operation == "connect" else "udp"
-    forged = MARK_MASK | FOREIGN_MARK
+    forged = MASK | FOREIGN_MARK
     assert process.mark(operation, kind=kind, mark=forged, place="netns") == forged
     assert process.mark(operation, kind=kind, place="netns") == 0
 
@@ -276,5 +297,5 @@ def test_sockets_of_other_network_namespaces_are_left_alone(harness: Harness, pr
 def test_nothing_is_changed_before_the_settings_are_written(harness: Harness, process: Process) -> None:
     harness.vouch(LEARNED[4], 443, 60)
     harness.configure(configured=False)
-    assert process.mark(mark=MARK_MASK) == MARK_MASK
+    assert process.mark(mark=MASK) == MASK
     assert process.mark() == 0

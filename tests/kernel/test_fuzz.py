@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from enforcer import kernel_abi
-from enforcer.kernel_abi import MARK_MASK, Outcome, Protocol
+from enforcer.kernel_abi import Outcome, Protocol
 from enforcer.learned import lifetime_seconds
 from enforcer.policy import Address
 from tests import dns_vectors
@@ -20,6 +20,7 @@ from tests.kernel.harness import (
     CLIENT_V4,
     CLIENT_V6,
     FOREIGN_MARK,
+    MASK,
     RESOLVER_V4,
     RESOLVER_V6,
     SECOND_NS,
@@ -136,5 +137,5 @@ def test_damaged_frames_leave_packets_and_verdicts_alone(harness: Harness) -> No
         for _ in range(rng.choice((1, 1, 2, 4))):
             frame[rng.randrange(14, min(len(frame), 90))] = rng.choice((rng.randrange(256), *INTERESTING))
         for program in "learn", "track_query", "gate":
-            assert harness.run(program, bytes(frame), FOREIGN_MARK) & ~MARK_MASK == FOREIGN_MARK
+            assert harness.run(program, bytes(frame), FOREIGN_MARK) & ~MASK == FOREIGN_MARK
     assert harness.learned() == {}  # nothing was asked

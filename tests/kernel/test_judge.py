@@ -11,7 +11,6 @@ import pytest
 
 from enforcer import bpf
 from enforcer.kernel_abi import (
-    MARK_VOUCHED,
     JudgedPorts,
     Judging,
     MarkedScope,
@@ -23,7 +22,7 @@ from enforcer.kernel_abi import (
 )
 from enforcer.policy import Address
 from tests.kernel import packets
-from tests.kernel.harness import TC_ACT_UNSPEC, Harness
+from tests.kernel.harness import TC_ACT_UNSPEC, VOUCHED, Harness
 from tests.kernel.test_connect import LEARNED, Process, process
 from tests.kernel.test_gate import CONTAINER, OTHER, REGISTRY, both_families
 
@@ -131,7 +130,7 @@ def test_what_is_permitted_or_not_judged_is_left_to_nftables(judge: Harness, ver
     assert (run.verdict, run.packet) == (TC_ACT_UNSPEC, frame)
     assert counted(judge, MarkedScope.CONTAINER) == before
     if judge.tests_marks:
-        assert bool(run.mark & MARK_VOUCHED) == (why == "learned")
+        assert bool(run.mark & VOUCHED) == (why == "learned")
 
 
 @both_families

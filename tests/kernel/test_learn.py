@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from ipaddress import ip_address
 
 import pytest
 
 from enforcer import kernel_abi
-from enforcer.kernel_abi import MARK_MASK, MARK_VOUCHED, MAX_WIRE_BYTES, Outcome, Protocol
+from enforcer.kernel_abi import MAX_WIRE_BYTES, Outcome, Protocol, ResolverTrust
 from tests import dns_vectors
 from tests.dns_vectors import Vector
 from tests.kernel import packets
@@ -19,10 +20,12 @@ from tests.kernel.harness import (
     FLOOR_SECONDS,
     FOREIGN_MARK,
     MARGIN_SECONDS,
+    MASK,
     RESOLVER_V4,
     RESOLVER_V6,
     SECOND_NS,
     STRANGER,
+    VOUCHED,
     Harness,
 )
 
@@ -155,6 +158,45 @@ def test_answer_from_another_server_teaches_nothing_even_if_it_was_asked(harness
     assert list(harness.state.maps["queries"].items()) == []
 
 
+def trust(harness: Harness, value: ResolverTrust | None) -> None:
+    """What the daemon says of RESOLVER_V4 from now on; None: nothing."""
+    harness.state.maps["resolvers"].delete(kernel_abi.pack_address(RESOLVER_V4))
+    if value is not None:
+        harness.state.maps["resolvers"].update(kernel_abi.pack_address(RESOLVER_V4), bytes((value,)))
+
+
+@pytest.fixture
+def trusted_again(harness: Harness) -> Iterator[None]:
+    """The harness trusts its resolver when the test is over."""
+    yield
+    trust(harness, ResolverTrust.TRUSTED)
+
+
+@pytest.mark.usefixtures("trusted_again")
+def test_resolver_that_is_trusted_by_the_time_it_answers_teaches(harness: Harness) -> None:
+    trust(harness, None)
+    harness.ask(PLAIN.query)
+    trust(harness, ResolverTrust.TRUSTED)
+    assert harness.answer(PLAIN.answer) is Outcome.LEARNED
+
+
+@pytest.mark.usefixtures("trusted_again")
+def test_retired_resolver_answers_what_was_asked_before_and_nothing_else(harness: Harness) -> None:
+    harness.ask(PLAIN.query)
+    trust(harness, ResolverTrust.RETIRED)
+    assert harness.answer(PLAIN.answer) is Outcome.LEARNED
+    harness.ask(PLAIN.query)
+    assert harness.answer(PLAIN.answer) is Outcome.UNSOLICITED
+
+
+@pytest.mark.usefixtures("trusted_again")
+def test_resolver_that_is_trusted_no_more_teaches_nothing(harness: Harness) -> None:
+    harness.ask(PLAIN.query)
+    trust(harness, None)
+    assert harness.answer(PLAIN.answer) is Outcome.UNTRUSTED
+    assert harness.learned() == {}
+
+
 def test_answer_from_another_port_of_the_resolver_is_no_answer(harness: Harness) -> None:
     harness.ask(PLAIN.query)
     frame = packets.frame(RESOLVER_V4, CLIENT_V4, Protocol.UDP, packets.udp(5353, CLIENT_PORT, PLAIN.answer))
@@ -209,14 +251,14 @@ def test_nothing_is_learned_or_cleared_before_the_settings_are_written(harness: 
     harness.ask(PLAIN.query)
     harness.configure(configured=False)
     assert harness.learn(from_resolver(PLAIN.answer)) == []
-    assert harness.run("learn", from_resolver(PLAIN.answer), MARK_VOUCHED) == MARK_VOUCHED
+    assert harness.run("learn", from_resolver(PLAIN.answer), VOUCHED) == VOUCHED
     assert harness.learned() == {}
     harness.configure()
     assert harness.answer(PLAIN.answer) is Outcome.LEARNED
 
 
 def test_marks_from_outside_are_cleared_and_others_bits_stay(harness: Harness) -> None:
-    assert harness.run("learn", from_resolver(PLAIN.answer), MARK_MASK | FOREIGN_MARK) == FOREIGN_MARK
+    assert harness.run("learn", from_resolver(PLAIN.answer), MASK | FOREIGN_MARK) == FOREIGN_MARK
 
 
 # --- how packets are built -------------------------------------------------------------------------------------------
@@ -338,6 +380,16 @@ def test_answer_that_lives_noticeably_longer_is_reported(harness: Harness) -> No
     harness.ask(PLAIN.query)
     assert harness.answer(answer_with(1_000 + MARGIN_SECONDS)) is Outcome.LEARNED
     assert len(list(harness.events())) == 1
+
+
+def test_answer_leaves_alone_when_an_address_was_used(harness: Harness) -> None:
+    used_at = harness.state.now_ns() - 5 * SECOND_NS
+    value = kernel_abi.pack_learned(harness.state.now_ns() + SECOND_NS, 0, used_at=used_at)
+    harness.state.maps["learned"].update(kernel_abi.pack_learned_key(ADDRESS, 443), value)
+    harness.ask(PLAIN.query)
+    assert harness.answer(PLAIN.answer) is Outcome.LEARNED
+    assert harness.used_at(ADDRESS, 443) == used_at
+    assert harness.used_at(ADDRESS, 5000) == 0
 
 
 def test_expired_address_is_learned_again(harness: Harness) -> None:

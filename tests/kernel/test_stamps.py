@@ -15,9 +15,9 @@ import pytest
 
 from enforcer import bpf, procfs
 from enforcer.bpf import CgroupHook, Loader
-from enforcer.kernel_abi import MARK_MASK, MARK_VOUCHED, JudgedPorts, Judging, MarkedScope, Protocol, pack_refusal_slot
+from enforcer.kernel_abi import DEFAULT_MARKS, JudgedPorts, Judging, MarkedScope, Protocol, pack_refusal_slot
 from enforcer.ladder import Capabilities
-from tests.kernel.harness import FOREIGN_MARK, Harness
+from tests.kernel.harness import CONTAINER, ENGINE, FOREIGN_MARK, HOST, MASK, VOUCHED, Harness
 from tests.kernel.test_connect import CHILD, LEARNED, Process
 
 pytestmark = pytest.mark.root
@@ -115,8 +115,8 @@ def test_old_kernel_is_given_stamps_in_place_of_the_connect_hooks(harness: Harne
 def test_connect_to_a_learned_address_is_vouched_for(harness: Harness, process: Process, address: str) -> None:
     for known in LEARNED.values():
         harness.vouch(known, 443, 60)
-    assert process.mark(address=address) == MARK_VOUCHED | MarkedScope.HOST
-    assert process.mark(address=address, port=5000) == MarkedScope.HOST
+    assert process.mark(address=address) == VOUCHED | HOST
+    assert process.mark(address=address, port=5000) == HOST
 
 
 @pytest.mark.parametrize("address", ["192.0.2.2", "2001:db8::2", "::ffff:192.0.2.2"])
@@ -125,24 +125,24 @@ def test_connect_elsewhere_loses_the_voucher_that_the_socket_claims(
 ) -> None:
     for known in LEARNED.values():
         harness.vouch(known, 443, 60)
-    assert process.mark(address=address, mark=MARK_VOUCHED | FOREIGN_MARK) == FOREIGN_MARK
+    assert process.mark(address=address, mark=VOUCHED | FOREIGN_MARK) == FOREIGN_MARK
 
 
 def test_expired_address_is_not_vouched_for(harness: Harness, process: Process) -> None:
     harness.vouch(LEARNED[4], 443, -0.001)
-    assert process.mark() == MarkedScope.HOST
+    assert process.mark() == HOST
 
 
 def test_scope_is_that_of_the_deepest_stamped_cgroup(harness: Harness, process: Process) -> None:
     stamp(harness, process.enter("engine"), MarkedScope.ENGINE)
-    assert process.mark("none") == MarkedScope.ENGINE
+    assert process.mark("none") == ENGINE
     process.enter("engine/a/b")
-    assert process.mark() == MarkedScope.ENGINE
+    assert process.mark() == ENGINE
     stamp(harness, process.enter("engine/a/containers"), MarkedScope.CONTAINER)
-    assert process.mark() == MarkedScope.CONTAINER
-    assert process.mark("sendto", kind="udp") == MarkedScope.CONTAINER
+    assert process.mark() == CONTAINER
+    assert process.mark("sendto", kind="udp") == CONTAINER
     process.enter("other")
-    assert process.mark() == MarkedScope.HOST
+    assert process.mark() == HOST
 
 
 def test_stamping_again_replaces_and_removing_leaves_nothing(harness: Harness, process: Process) -> None:
@@ -150,7 +150,7 @@ def test_stamping_again_replaces_and_removing_leaves_nothing(harness: Harness, p
     for scope in MarkedScope.ENGINE, MarkedScope.ENGINE, MarkedScope.CONTAINER:
         stamp(harness, path, scope)
         assert len(bpf.attached_programs(path, CgroupHook.SOCK_CREATE)) == 1
-        assert process.mark("none") == scope
+        assert process.mark("none") == DEFAULT_MARKS.of(scope)
     assert not bpf.stamp_cgroup(harness.state.programs["stamp_engine"], path / "gone")
     bpf._remove_stamps(process.cgroup)
     assert bpf.attached_programs(path, CgroupHook.SOCK_CREATE) == []
@@ -160,7 +160,7 @@ def test_stamping_again_replaces_and_removing_leaves_nothing(harness: Harness, p
 def test_nothing_is_changed_before_the_settings_are_written(harness: Harness, process: Process) -> None:
     harness.vouch(LEARNED[4], 443, 60)
     harness.configure(configured=False)
-    assert process.mark(mark=MARK_MASK) == MARK_MASK
+    assert process.mark(mark=MASK) == MASK
     assert process.mark() == 0
 
 

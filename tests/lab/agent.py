@@ -6,11 +6,13 @@ Names are resolved by the system's resolver library (resolv.conf of the mount na
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import select
 import socket
+import ssl
 import struct
 import sys
 import threading
@@ -25,11 +27,19 @@ Reply = dict[str, Any]
 
 _REFUSED = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EPERM}  # EPERM: by connect(2) itself
 _A, _AAAA = 1, 28
+# Whoever is at the other end; a daemon that is just starting listens before it answers.
+_ANSWER_SECONDS = 2 * float(os.environ.get("LAB_PATIENCE", "1"))
 
 
-def attempt(address: str, port: int, timeout: float, mark: int = 0) -> Reply:
+# Whom a request asks for that goes to an address, not to a name; nobody at addresses that no rule knows.
+_UNLISTED = ("198.18.66.", "2001:2:0:66:")
+_HOST_OF_PORT = {5000: "plain.allowed.test", 8443: "alt.allowed.test"}
+
+
+def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | None = None) -> Reply:
     """One TCP connection of a socket that sets its own mark first, and a request to see who is at its other end.
 
+    The request is for `host`; None: for a registry that the lab's policy allows on this port.
     Reply: verdict (reached, refused, timed out, error), seconds, address, message, and the socket's mark then.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -42,7 +52,9 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0) -> Reply:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
             connection.connect((address, port))
             seconds = time.monotonic() - started
-            if _denied(connection):
+            if host is None and not address.startswith(_UNLISTED):
+                host = _HOST_OF_PORT.get(port, "registry.allowed.test")
+            if _denied(connection, host):
                 verdict, message = "refused", "403 Forbidden"
         except TimeoutError:
             verdict, message = "timed out", "no answer to the SYN"
@@ -54,10 +66,11 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0) -> Reply:
     return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark}
 
 
-def _denied(connection: socket.socket) -> bool:
+def _denied(connection: socket.socket, host: str | None) -> bool:
     """Whether the enforcer's responder has taken this connection; servers of TLS and of anything else say no 403."""
-    connection.settimeout(2)
-    connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+    connection.settimeout(_ANSWER_SECONDS)
+    field = "" if host is None else f"Host: {host}\r\n"
+    connection.sendall(f"GET / HTTP/1.0\r\n{field}\r\n".encode())
     try:
         return connection.recv(4096).startswith(b"HTTP/1.1 403 ")
     except TimeoutError:
@@ -76,7 +89,7 @@ def connect(name: str, port: int, family: int = 0, timeout: float = 5) -> Reply:
         addresses = resolve(name, family)
     except OSError as error:
         return {"verdict": "error", "seconds": 0.0, "address": "", "message": f"{name}: {error.strerror}"}
-    return attempt(addresses[0], port, timeout)
+    return attempt(addresses[0], port, timeout, host=name)
 
 
 def connect_each(names: list[str], port: int, families: list[int], timeout: float = 5) -> list[Reply]:
@@ -84,12 +97,36 @@ def connect_each(names: list[str], port: int, families: list[int], timeout: floa
     return [connect(name, port, families[i % len(families)], timeout) for i, name in enumerate(names)]
 
 
+def connections_per_second(address: str, port: int, count: int) -> float:
+    """Connections that each send a real client's hello and are answered, one after the other."""
+    hello = _hello("registry.allowed.test")
+    linger = struct.pack("ii", 1, 0)  # a reset at the end: ports in TIME_WAIT would run out
+    started = time.monotonic()
+    for _ in range(count):
+        with socket.create_connection((address, port), timeout=5) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            connection.sendall(hello)
+            if not connection.recv(64).startswith(b"HTTP/1.1 200"):
+                raise ConnectionError("not the small internet's answer")
+    return count / (time.monotonic() - started)
+
+
+def _hello(name: str) -> bytes:
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname=name)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outgoing.read()
+
+
 _held: dict[str, socket.socket] = {}
+_hosts: dict[str, str] = {}
 
 
 def hold(key: str, name: str, port: int) -> Reply:
     """Open a connection and keep it for `talk`."""
     _held[key] = socket.create_connection((name, port), timeout=5)
+    _hosts[key] = name
     return {}
 
 
@@ -100,7 +137,7 @@ def talk(key: str) -> Reply:
     with _held.pop(key) as connection:
         connection.settimeout(5)
         try:
-            connection.sendall(b"GET /v2/ HTTP/1.0\r\n\r\n")
+            connection.sendall(f"GET /v2/ HTTP/1.0\r\nHost: {_hosts[key]}\r\n\r\n".encode())
             if answer := connection.recv(4096):
                 verdict, message = "reached", answer.split(b"\r\n")[0].decode()
         except TimeoutError:
@@ -191,6 +228,65 @@ def forge(
     return {}
 
 
+def replace_file(path: str, text: str) -> Reply:
+    """Rename a new file over the one that is there."""
+    new = Path(f"{path}.new")
+    new.write_text(text)
+    new.replace(path)
+    return {}
+
+
+def send_from(source: str, source_port: int, destination: str, destination_port: int, payload: str) -> Reply:
+    """Send a UDP packet from an address that need not be ours: what that takes is the right to the port alone."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:
+        sending.setsockopt(socket.SOL_IP, 15, 1)  # IP_FREEBIND
+        sending.bind((source, source_port))
+        sending.sendto(bytes.fromhex(payload), (destination, destination_port))
+    return {}
+
+
+def send_packet(packet: str) -> Reply:
+    """Send a whole IPv4 packet, in hexadecimal, to where its header says."""
+    wire = bytes.fromhex(packet)
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+        raw.sendto(wire, (socket.inet_ntoa(wire[16:20]), 0))
+    return {}
+
+
+def exchange(server: str, queries: list[str], tcp: bool = False, timeout: float = 2) -> list[str]:
+    """Send DNS messages, in hexadecimal, from one socket and at once; what came back until each had an answer."""
+    wires = [bytes.fromhex(query) for query in queries]
+    answers: list[bytes] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM) as asking:
+        asking.settimeout(timeout)
+        asking.connect((server, 53))
+        if tcp:
+            asking.sendall(b"".join(struct.pack("!H", len(wire)) + wire for wire in wires))
+            with asking.makefile("rb") as stream:
+                answers = [stream.read(*struct.unpack("!H", stream.read(2))) for _ in wires]
+        else:
+            for wire in wires:
+                asking.send(wire)
+            answers = [asking.recv(65_535) for _ in wires]
+    return [answer.hex() for answer in answers]
+
+
+def flood_names(server: str, suffix: str, first: int, count: int, window: int = 32) -> Reply:
+    """Ask for `count` fresh names, `window` of them at a time; `answers` says how many came back."""
+    answers = 0
+    started = time.monotonic()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        asking.connect((server, 53))
+        asking.settimeout(2)
+        for asked in range(count + window):
+            if asked < count:
+                asking.send(_query(f"n{first + asked:05}.{suffix}", asked & 0xFFFF))
+            if asked >= window:
+                asking.recv(4096)
+                answers += 1
+    return {"answers": answers, "seconds": time.monotonic() - started}
+
+
 def flood(server: str, name: str, rate: int, seconds: float) -> Reply:
     """Ask for `name` `rate` times a second; `answers` says how many came back."""
     answers = asked = 0
@@ -250,8 +346,8 @@ def probe_stop(key: str) -> Reply:
 OPERATIONS: dict[str, Callable[..., Any]] = {
     operation.__name__: operation
     for operation in (
-        attempt, ask, connect, connect_each, flood, forge, hang_up, hold, http_get, probe_start, probe_stop,
-        resolve, send_datagram, talk,
+        attempt, ask, connect, connect_each, connections_per_second, exchange, flood, flood_names, forge, hang_up, hold,
+        http_get, probe_start, probe_stop, replace_file, resolve, send_datagram, send_from, send_packet, talk,
     )
 }  # fmt: skip
 

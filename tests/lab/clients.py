@@ -89,7 +89,7 @@ class Clients:
         Over plain HTTP, which TLS servers answer with 400.
         """
         # nc closes at once where its input ends, and the answer is lost.
-        request = f"(printf 'GET / HTTP/1.0\\r\\n\\r\\n'; sleep 0.2) | nc -w 10 {name} {port}"
+        request = f"(printf 'GET / HTTP/1.0\\r\\nHost: {name}\\r\\n\\r\\n'; sleep 0.2) | nc -w 10 {name} {port}"
         outcome = self.run_in_container(network, ["sh", "-c", request])
         return replace(outcome, verdict="refused") if _REFUSALS.search(outcome.message) else outcome
 

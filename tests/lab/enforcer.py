@@ -13,6 +13,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from enforcer import control
 from tests.lab.lab import Agent, Lab, poll
 
 COMMAND = str(Path(sys.prefix) / "bin" / "registry-enforcer")
@@ -231,4 +232,5 @@ class Enforcer:
 
     def permitted(self) -> set[tuple[str, int]]:
         """The (address, port) pairs that are learned now."""
-        return {(entry["address"], entry["port"]) for entry in self.status()["learned"]}
+        learned: Any = control.request(self._run_dir, {"command": "status"})["learned"]
+        return {(entry["address"], entry["port"]) for entry in learned}

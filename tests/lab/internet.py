@@ -44,12 +44,17 @@ ZONES = {
         xblobs     300 A     198.18.66.71
         loopback   300 A     127.0.0.1
         mirror     300 A     198.18.1.19
+        proxy      300 A     198.18.1.21
     """,
     "evil.test": f"""
         @          300 A     {EVIL_ADDRESS}
         v6         300 AAAA  {EVIL_ADDRESS6}
         dual       300 A     198.18.66.67
         dual       300 AAAA  2001:2:0:66::67
+    """,
+    # A registry that the catalogue knows, and no policy of the lab lists.
+    "quay.io": """
+        @          300 A     198.18.66.72
     """,
     # Three names from cname.allowed.test to an address, none of them in any policy.
     "cdn.example": """
@@ -141,7 +146,7 @@ def _resolves(lab: Lab, name: str) -> bool:
 
 # --- registries ------------------------------------------------------------------------------------------------------
 def _make_certificates(directory: Path) -> None:
-    zones = ["allowed.test", "blobs.allowed.test", "fresh.allowed.test", "evil.test"]
+    zones = ["allowed.test", "blobs.allowed.test", "fresh.allowed.test", "evil.test", "quay.io"]
     names = [*zones, *(f"*.{zone}" for zone in zones)]
     (directory / "names").write_text("subjectAltName=" + ",".join(f"DNS:{name}" for name in names))
     ca, key, request = f"{directory}/ca", f"{directory}/server.key", f"{directory}/server.csr"

@@ -49,7 +49,7 @@ DOCKER_NET6 = "fd00:78::/64"
 # What the lab runs, beside what every Debian has.
 _TOOLS = (
     "buildah", "busybox", "ctr", "curl", "dnsmasq", "docker", "docker-registry", "dockerd", "ip", "knotd", "newuidmap",
-    "nft", "openssl", "pasta", "podman", "promtool", "rootlesskit", "skopeo", "slirp4netns", "unbound",
+    "nft", "openssl", "pasta", "podman", "promtool", "rootlesskit", "skopeo", "slirp4netns", "tinyproxy", "unbound",
 )  # fmt: skip
 
 _PREFIX = "re-lab-"
@@ -296,7 +296,9 @@ class Lab:
     def environment(self) -> dict[str, str]:
         """A clean one: nothing of this machine's proxies, certificates or docker contexts."""
         home = str(self.directory / "home")
-        return {"PATH": _PATH, "HOME": home, "LANG": "C.UTF-8", "DOCKER_CONFIG": home + "/docker"}
+        patience = os.environ.get("LAB_PATIENCE", "1")
+        return {"PATH": _PATH, "HOME": home, "LANG": "C.UTF-8", "DOCKER_CONFIG": home + "/docker",
+                "LAB_PATIENCE": patience}  # fmt: skip
 
     def spawn(self, where: str, argv: Sequence[str], log: str, *, mounts: bool = True) -> subprocess.Popen[bytes]:
         """Start a process that lives until the lab ends; its output goes to `log`."""
@@ -309,7 +311,7 @@ class Lab:
         return process
 
     def run(
-        self, where: str, argv: Sequence[str], *, timeout: float = 60, text: str = ""
+        self, where: str, argv: Sequence[str], *, timeout: float = 2 * _DEADLINE, text: str = ""
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end, stdout and stderr as one text; exit code 124 if it had to be ended."""
         started = subprocess.Popen(
@@ -326,12 +328,19 @@ class Lab:
         return subprocess.CompletedProcess(list(argv), started.returncode, output, "")
 
     def agent(
-        self, where: str, *, comm: str = "", inside: Sequence[str] = (), leaf: str = "leaf", **environment: str
+        self,
+        where: str,
+        *,
+        comm: str = "",
+        inside: Sequence[str] = (),
+        leaf: str = "leaf",
+        script: str = "agent.py",
+        **environment: str,
     ) -> Agent:
         """A new agent in a namespace, started by the command `inside`; the kernel takes it for the program `comm`."""
         log = self.directory / "logs" / f"agent-{where}-{len(self._agents)}"
         with log.open("wb") as errors:
-            serve = [sys.executable, "-I", str(Path(__file__).with_name("agent.py")), comm]
+            serve = [sys.executable, "-I", str(Path(__file__).with_name(script)), comm]
             process = subprocess.Popen(
                 self.wrap(where, [*inside, *serve], leaf=leaf),
                 env=self.environment | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,

@@ -121,8 +121,9 @@ def test_remove_leaves_nothing(enforcer: Enforcer, lab: Lab) -> None:
         assert_reached(agent.attempt(EVIL_ADDRESS))
     assert "registry_enforcer" not in lab.run("host", ["nft", "list", "tables"]).stdout
     assert [path for path in (lab.bpffs / "host").rglob("*") if path.is_file()] == []
-    for interface in lab.run("host", ["ls", "/sys/class/net"]).stdout.split():
-        for direction in ("ingress", "egress"):
-            assert lab.run("host", ["tc", "filter", "show", "dev", interface, direction]).stdout == ""
+    every_filter = (
+        'for i in /sys/class/net/*; do for at in ingress egress; do tc filter show dev "${i##*/}" $at; done; done'
+    )
+    assert lab.run("host", ["sh", "-ec", every_filter]).stdout == ""
     assert lab.engine.call("attempt", address=EVIL_ADDRESS, port=443, timeout=5)["mark"] == 0
     assert "nothing" in enforcer.remove()

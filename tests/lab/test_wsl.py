@@ -296,7 +296,7 @@ def test_default_scope_of_the_host_is_strict_only_with_wsls_release(network: Lab
         ]
     finally:
         ordinary.stop()
-    assert scopes == ["strict", "off"]
+    assert scopes == ["strict", "registries"]
 
 
 def test_doctor_says_what_wsl_makes_different(network: Lab, ubuntu: Distribution) -> None:

@@ -174,10 +174,19 @@ def lab(report: Report) -> Facts:
     return _pytest(report, *LAB)
 
 
+# hypothesis takes seconds to import and has nothing to do here.
+_PYTEST = ("-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--tb=short", "-W", "default")
+
+
+def collect() -> None:
+    """Have pytest keep what it makes of the tests, where the image is made: to do that emulated takes long."""
+    assert pytest.main([*_PYTEST, "--collect-only", *VECTORS, *LAB]) == pytest.ExitCode.OK
+
+
 def _pytest(report: Report, *arguments: str) -> Facts:
     """Tests that fail are told one by one, and are no failure of the step; to run none of them is."""
     teller = _Teller(report)
-    code = pytest.main(["-q", "-p", "no:cacheprovider", "--tb=short", "-W", "default", *arguments], plugins=[teller])
+    code = pytest.main([*_PYTEST, *arguments], plugins=[teller])
     assert code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), f"pytest ended with {code!r}"
     return {"tests": teller.count}
 

@@ -13,7 +13,7 @@ from tests.vm import archive, image, machine
 from tests.vm.kernels import Kernel
 from tests.vm.verdict import Verdict, judge, steps_of
 
-_TOOLS = ("cpio", "debootstrap", "depmod", "mksquashfs", "qemu-system-x86_64", "zstd")
+_TOOLS = ("cpio", "debootstrap", "depmod", "mksquashfs", "qemu-system-x86_64", "unsquashfs", "zstd")
 _DEADLINE_SECONDS = 540
 
 
@@ -33,8 +33,9 @@ def layers() -> Iterator[tuple[Path, Path]]:
     """The base and the checkout, as the layers of any number of guests."""
     with tempfile.TemporaryDirectory(prefix="registry-enforcer-vm-") as directory:
         checkout = Path(directory, "checkout.squashfs")
-        image.checkout(checkout)
-        yield image.base(), checkout
+        base = image.base()
+        image.checkout(checkout, base)
+        yield base, checkout
 
 
 def run(kernel: Kernel, base: Path, checkout: Path) -> tuple[Verdict, str]:

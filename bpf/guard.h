@@ -1,0 +1,1113 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * The last look, at the tc egress of every uplink: where a new connection may go, and what name its first bytes ask
+ * for.
+ *
+ * A new connection passes if its destination was learned or is listed, or if nftables let it through (forwarded ones
+ * only: nobody else can put that bit there). Otherwise its scope decides, read from what cannot be forged. This is what
+ * refuses traffic that nftables never sees: macvlan, raw sockets, another table's notrack.
+ *
+ * The first bytes of a connection to a learned address are read as they pass, segment by segment and without a copy: a
+ * TLS ClientHello or an HTTP head. The connection ends with the segment that completes a wrong name. What cannot be
+ * read, or names nothing, is refused; undecided segments pass, because nothing is served before the name is whole.
+ *
+ * Sequence numbers keep the reader in order: what comes too early is dropped and sent again, what was read is let pass.
+ */
+#ifndef REGISTRY_ENFORCER_GUARD_H
+#define REGISTRY_ENFORCER_GUARD_H
+
+#define GUARD_STEPS	   64	 /* fields of a ClientHello in one segment: one for each extension, and some ten */
+#define MAX_HEAD_BYTES	   16384 /* of a CONNECT, to the empty line */
+#define MAX_HELLO_BYTES	   16384
+#define MAX_RECORD_BYTES   16384
+#define TLS_HANDSHAKE	   22
+#define TLS_CHANGE_CIPHER  20
+#define TLS_RECORD_HEADER  5
+#define CLIENT_HELLO	   1
+#define HELLO_HEADER	   4
+#define VERSION_AND_RANDOM 34
+#define TLS_LEGACY_VERSION 0x0303
+#define EXTENSION_NAME	   0
+#define EXTENSION_ECH	   0xfe0d
+#define NAME_LIST_HEAD	   5 /* length of the list, type of the name, its length (RFC 6066, section 3) */
+#define CONNECT_WORD	   0x434f4e4e454354ULL /* "CONNECT" and others, as read_head() adds them up */
+#define GET_WORD	   0x474554ULL
+#define HEAD_WORD	   0x48454144ULL
+#define HTTP_SCHEME	   0x687474703a2f2fULL /* "http://" */
+#define LETTERS_OF_SCHEME  0x20202020ULL       /* in memory's order; the rest must be as it is */
+#define HOST_FIELD	   0x0a686f73743aULL   /* a line's end and "host:" */
+#define HOST_LETTERS	   0x002020202000ULL
+#define V2_WORD		   0x2f76322fULL /* "/v2/" */
+
+/* What is being read of a ClientHello: numbers, the name, and what is passed over. */
+enum field {
+	FIELD_HEADER,	   /* type and length of the message */
+	FIELD_SESSION,	   /* bytes of the session's id */
+	FIELD_CIPHERS,	   /* bytes of cipher suites */
+	FIELD_COMPRESSION, /* bytes of compression methods */
+	FIELD_EXTENSIONS,  /* bytes of all extensions */
+	FIELD_EXTENSION,   /* type and length of one */
+	FIELD_NAME_LIST,   /* what precedes the name */
+	FIELD_AGAIN,	   /* what a second ClientHello begins with (RFC 8446, section 4.1.4), or anything else */
+	FIELD_NAME,
+	FIELD_RANDOM, /* and the version; from here on nothing is kept */
+	FIELD_SESSION_ID,
+	FIELD_CIPHER_LIST,
+	FIELD_METHODS,
+	FIELD_BODY,
+};
+
+INLINE void guard_count(struct scratch *s, __u32 outcome)
+{
+	__u64 *counter;
+
+	s->counter = outcome;
+	counter = find_guarded(&s->counter);
+	if (counter)
+		*counter += 1;
+}
+
+/* --- names ------------------------------------------------------------------------------------------------------- */
+
+/* The key of `names` for `name`, of any case and perhaps with a trailing dot; 0 if it is no name. */
+INLINE struct name_key *key_of(struct scratch *s, const __u8 *name, __u64 length)
+{
+	struct name_key *key;
+	int i;
+
+	if (length > 1 && name[MASKED(length - 1, 255)] == '.')
+		length--;
+	if (!length || length > MAX_NAME_BYTES - 3)
+		return 0;
+	s->left = length;
+	s->odd = 0;
+	*reversed_at(s, 0) = 0;
+	FORGET();
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_NAME_BYTES / 8; i++) {
+		__u64 at = i * 8, word, there;
+
+		FORGET();
+		if (at >= s->left)
+			break;
+		word = lower_case(NETWORK_64(*(const __u64 *)(name + at)));
+		*(__u64 *)(reversed_at(s, at + 1) - 7) = word;
+		there = s->left - at >= 8 ? 0 : 64 - 8 * (s->left - at);
+		word |= ~(~0ULL << there);
+		s->odd |= has_zero(word);
+	}
+	if (s->odd)
+		return 0;
+	key = (void *)(reversed_at(s, s->left) - PREFIX_BITS_BYTES);
+	key->prefix_bits = (s->left + 1) * 8;
+	return key;
+}
+
+/* Whether a rule that is no proxy's allows the name on this port; keeps the pattern that does. */
+INLINE int allows_name(struct scratch *s, struct name_key *key, __u64 port)
+{
+	struct name_rule *rule = find_name(key);
+	int i;
+
+	if (!rule)
+		return 0;
+	s->rule = *rule;
+	FORGET();
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_PORTS_PER_NAME; i++) {
+		FORGET();
+		if ((__u64)i >= s->rule.port_count)
+			break;
+		if (s->rule.ports[i] == port && s->rule.named_ports >> i & 1) {
+			s->flow.pattern_id = s->rule.pattern_id;
+			return 1;
+		}
+	}
+	return 0;
+}
+
+/* What the name decides: GUARD_PASSED, or why not. */
+INLINE __u64 judge_name(struct scratch *s, const __u8 *name, __u64 length)
+{
+	struct name_key *key = key_of(s, name, length);
+
+	if (s->flow.mode == GUARD_RECOGNISE) {
+		if (!key)
+			return s->registry ? GUARD_NO_NAME : GUARD_PASSED;
+		if (allows_name(s, key, s->flow.port))
+			return GUARD_PASSED;
+		return s->registry || find_catalogued(key) ? GUARD_UNLISTED_NAME : GUARD_PASSED;
+	}
+	if (!key)
+		return GUARD_NO_NAME;
+	return allows_name(s, key, s->flow.port) ? GUARD_PASSED : GUARD_UNLISTED_NAME;
+}
+
+/* --- TLS --------------------------------------------------------------------------------------------------------- */
+
+INLINE void expect(struct hello *h, __u64 field, __u64 bytes)
+{
+	h->field = field;
+	h->need = bytes;
+	h->value = 0;
+}
+
+/* On to the next extension, or to the end; nothing but the hello may be in its record. */
+INLINE void next_extension(struct scratch *s, struct hello *h)
+{
+	if (h->left) {
+		expect(h, FIELD_EXTENSION, 4);
+		return;
+	}
+	if (!h->named || h->record_left) {
+		s->verdict = h->named ? GUARD_UNREADABLE : GUARD_NO_NAME;
+		return;
+	}
+	h->whole = 1;
+	expect(h, FIELD_AGAIN, 6);
+}
+
+/* Skips what a length announced, which may be nothing. */
+INLINE void skip_field(struct hello *h, __u64 field, __u64 bytes, __u64 next, __u64 next_bytes)
+{
+	if (bytes)
+		expect(h, field, bytes);
+	else
+		expect(h, next, next_bytes);
+}
+
+/* A number, or the name, is whole. */
+INLINE void end_field(struct scratch *s, struct hello *h)
+{
+	__u64 field = h->field, value = h->value, size;
+
+	if (field == FIELD_HEADER) {
+		h->left = value & 0xffffff;
+		if (value >> 24 != CLIENT_HELLO || h->left > MAX_HELLO_BYTES || h->left < VERSION_AND_RANDOM)
+			s->verdict = GUARD_UNREADABLE;
+		h->named = 0;
+		expect(h, FIELD_RANDOM, VERSION_AND_RANDOM);
+	} else if (field == FIELD_AGAIN) {
+		/* A ClientHello's type, a length that fits, its version; an encrypted record looks so once in 2^34. */
+		if (value >> 40 == CLIENT_HELLO && (value >> 16 & 0xffffff) <= MAX_HELLO_BYTES &&
+		    (value >> 16 & 0xffffff) >= VERSION_AND_RANDOM && (value & 0xffff) == TLS_LEGACY_VERSION) {
+			h->left = (value >> 16 & 0xffffff) - 2;
+			h->named = 0;
+			h->whole = 0;
+			expect(h, FIELD_RANDOM, VERSION_AND_RANDOM - 2);
+		} else {
+			s->flow.state = FLOW_ALLOWED;
+		}
+	} else if (field == FIELD_SESSION) {
+		skip_field(h, FIELD_SESSION_ID, value, FIELD_CIPHERS, 2);
+	} else if (field == FIELD_CIPHERS) {
+		skip_field(h, FIELD_CIPHER_LIST, value, FIELD_COMPRESSION, 1);
+	} else if (field == FIELD_COMPRESSION) {
+		expect(h, FIELD_METHODS, value);
+		if (!value)
+			s->verdict = GUARD_UNREADABLE;
+	} else if (field == FIELD_EXTENSIONS) {
+		if (value != h->left)
+			s->verdict = GUARD_UNREADABLE;
+		else
+			next_extension(s, h);
+	} else if (field == FIELD_EXTENSION) {
+		size = value & 0xffff;
+		if (size > h->left) {
+			s->verdict = GUARD_UNREADABLE;
+		} else if (value >> 16 == EXTENSION_ECH) {
+			s->verdict = GUARD_HIDDEN_NAME;
+		} else if (value >> 16 == EXTENSION_NAME) {
+			if (h->named || size <= NAME_LIST_HEAD) /* a second one: which counts, the server decides */
+				s->verdict = GUARD_UNREADABLE;
+			h->extension = size;
+			expect(h, FIELD_NAME_LIST, NAME_LIST_HEAD);
+		} else if (size) {
+			expect(h, FIELD_BODY, size);
+		} else {
+			next_extension(s, h);
+		}
+	} else if (field == FIELD_NAME_LIST) {
+		size = value & 0xffff; /* one name, of type host_name, and nothing behind it */
+		if (value >> 24 != h->extension - 2 || (value >> 16 & 0xff) || size != h->extension - NAME_LIST_HEAD ||
+		    !size || size > 255)
+			s->verdict = GUARD_UNREADABLE;
+		h->name_length = 0;
+		expect(h, FIELD_NAME, size);
+	} else {
+		h->named = 1;
+		s->named = 1;
+		next_extension(s, h);
+	}
+}
+
+INLINE int is_skipped(__u64 field)
+{
+	return field >= FIELD_RANDOM;
+}
+
+/* What was passed over has ended. */
+INLINE void end_skipped(struct scratch *s, struct hello *h)
+{
+	__u64 field = h->field;
+
+	if (field == FIELD_BODY)
+		next_extension(s, h);
+	else if (field == FIELD_RANDOM)
+		expect(h, FIELD_SESSION, 1);
+	else if (field == FIELD_SESSION_ID)
+		expect(h, FIELD_CIPHERS, 2);
+	else if (field == FIELD_CIPHER_LIST)
+		expect(h, FIELD_COMPRESSION, 1);
+	else if (h->left)
+		expect(h, FIELD_EXTENSIONS, 2);
+	else
+		s->verdict = GUARD_NO_NAME;
+}
+
+INLINE __u64 least(__u64 a, __u64 b)
+{
+	return a < b ? a : b;
+}
+
+/* Up to six bytes of a number. */
+INLINE void read_number(struct scratch *s, __u64 *value, __u64 count)
+{
+	__u64 i;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < 6; i++) {
+		FORGET();
+		if (i >= count)
+			break;
+		*value = *value << 8 | s->wire[MASKED(s->at + i, MAX_WIRE_BYTES - 1)];
+	}
+}
+
+/* Brings the bytes at `position` of the payload into `wire`; `at` is 0 then. */
+INLINE int load_window(struct __sk_buff *skb, struct scratch *s)
+{
+	__u64 length = least(s->payload_left, MAX_WIRE_BYTES);
+
+	s->length = length;
+	s->at = 0;
+	length = MASKED(length - 1, MAX_WIRE_BYTES - 1) + 1;
+	return !bpf_skb_load_bytes(skb, s->position, s->wire, length);
+}
+
+/* The end of a record's header. */
+INLINE void begin_record(struct scratch *s, struct hello *h)
+{
+	__u64 type = h->header >> 32, length = h->header & 0xffff;
+
+	h->header = 0;
+	h->header_need = TLS_RECORD_HEADER;
+	h->record_left = length;
+	h->skipping = 0;
+	if (type == TLS_HANDSHAKE && length && length <= MAX_RECORD_BYTES)
+		return;
+	if (h->whole && type == TLS_CHANGE_CIPHER && length == 1)
+		h->skipping = 1; /* comes before a second ClientHello, or before what is encrypted */
+	else if (h->whole && h->field == FIELD_AGAIN && h->need == 6)
+		s->flow.state = FLOW_ALLOWED;
+	else
+		s->verdict = GUARD_UNREADABLE;
+}
+
+INLINE void advance(struct scratch *s, __u64 count)
+{
+	s->at += count;
+	s->position += count;
+	s->payload_left -= count;
+	FORGET();
+}
+
+/* Passes over what does not matter, as far as it is here. */
+INLINE void skip(struct scratch *s, struct hello *h)
+{
+	__u64 count;
+
+	if (h->skipping) {
+		count = least(h->record_left, s->payload_left);
+		h->record_left -= count;
+		advance(s, count);
+		return;
+	}
+	if (!is_skipped(h->field))
+		return;
+	count = least(least(h->need, h->record_left), s->payload_left);
+	if (count > h->left) {
+		s->verdict = GUARD_UNREADABLE;
+		return;
+	}
+	h->left -= count;
+	h->need -= count;
+	h->record_left -= count;
+	advance(s, count);
+	if (!h->need)
+		end_skipped(s, h);
+}
+
+/* The next field and what is skipped before it, or as much as is here; 0 at the end of what can be read. */
+INLINE int read_field(struct __sk_buff *skb, struct scratch *s, struct hello *h)
+{
+	__u64 count, field;
+
+	if (h->record_left)
+		skip(s, h);
+	FORGET();
+	if (s->verdict != GUARD_PASSED || s->flow.state == FLOW_ALLOWED || !s->payload_left)
+		return 0;
+	if (s->at + 8 > s->length && s->length < s->payload_left + s->at && !load_window(skb, s)) {
+		s->verdict = GUARD_UNREADABLE;
+		return 0;
+	}
+	FORGET();
+	if (!h->record_left) {
+		count = least(h->header_need, s->payload_left);
+		read_number(s, &h->header, count);
+		h->header_need -= count;
+		advance(s, count);
+		if (!h->header_need)
+			begin_record(s, h);
+		return 1;
+	}
+	field = h->field;
+	if (h->skipping || is_skipped(field))
+		return 1;
+	count = least(least(h->need, h->record_left), s->payload_left);
+	if (field != FIELD_HEADER && field != FIELD_AGAIN) {
+		if (count > h->left) {
+			s->verdict = GUARD_UNREADABLE;
+			return 0;
+		}
+		h->left -= count;
+	}
+	if (field == FIELD_NAME) {
+		/* 255 at most, and together: see what precedes it */
+		if (bpf_skb_load_bytes(skb, s->position, h->name + MASKED(h->name_length, 255),
+				       MASKED(count - 1, 255) + 1)) {
+			s->verdict = GUARD_UNREADABLE;
+			return 0;
+		}
+		h->name_length += count;
+	} else {
+		read_number(s, &h->value, count);
+	}
+	h->record_left -= count;
+	h->need -= count;
+	advance(s, count);
+	if (!h->need)
+		end_field(s, h);
+	return 1;
+}
+
+INLINE void read_hello(struct __sk_buff *skb, struct scratch *s, struct hello *h)
+{
+	int i;
+
+	s->length = 0;
+	s->at = 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < GUARD_STEPS; i++) {
+		FORGET();
+		if (!read_field(skb, s, h))
+			break;
+	}
+	if (s->verdict == GUARD_PASSED && s->flow.state != FLOW_ALLOWED && s->payload_left)
+		s->verdict = GUARD_UNREADABLE; /* more fields than anybody sends */
+}
+
+/* --- HTTP -------------------------------------------------------------------------------------------------------- */
+
+/* 1 if x is 0: without a jump, of which the verifier follows 8,192 in a row. */
+INLINE __u64 is_zero(__u64 x)
+{
+	return (~x & (x - 1)) >> 63;
+}
+
+INLINE __u64 byte_at(struct scratch *s, __u64 offset)
+{
+	return s->wire[MASKED(offset, MAX_WIRE_BYTES - 1)];
+}
+
+INLINE __u64 ends_lines(__u64 last)
+{
+	return is_zero((last & 0xffffff) ^ 0x0a0d0aULL) | is_zero((last & 0xffff) ^ 0x0a0aULL);
+}
+
+INLINE __u64 begins_host(__u64 last)
+{
+	return is_zero(((last | HOST_LETTERS) & 0xffffffffffffULL) ^ HOST_FIELD);
+}
+
+/* Behind the next "Host:" at the beginning of a line, or behind the first empty line, whichever comes first; the last
+ * bytes are in `hash`. */
+INLINE void find_host(struct scratch *s, int host)
+{
+	__u64 one, other, found;
+	int i;
+
+	s->hash = 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_WIRE_BYTES / 4; i++) {
+		FORGET();
+		if (s->at >= s->length)
+			break;
+		one = s->hash << 8 | byte_at(s, s->at);
+		other = one << 8 | byte_at(s, s->at + 1);
+		found = ends_lines(one) | (host ? begins_host(one) : 0);
+		s->hash = other;
+		s->at += 2;
+		if (found | ends_lines(other) | (host ? begins_host(other) : 0)) {
+			s->at -= found;
+			s->hash = found ? one : other;
+			break;
+		}
+	}
+	FORGET();
+}
+
+/* "NAME", "NAME:PORT" up to what may follow it in a target or a field; 0 if it is none. */
+INLINE int read_authority(struct scratch *s)
+{
+	__u64 byte, stop;
+	int i;
+
+	s->position = 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_NAME_BYTES; i++) {
+		FORGET();
+		byte = byte_at(s, s->at);
+		stop = (byte - 33) >> 63 | is_zero(byte ^ ':') | is_zero(byte ^ '/') | is_zero(byte ^ '?') |
+		       is_zero(byte ^ '@') | is_zero(byte ^ '[') | is_zero(byte ^ '#');
+		if (stop)
+			break;
+		s->name[MASKED(s->position, 255)] = byte;
+		s->position++;
+		s->at++;
+	}
+	FORGET();
+	s->name_length = s->position;
+	byte = byte_at(s, s->at);
+	if (!s->position || s->at >= s->length || s->position > MAX_NAME_BYTES - 3 || byte == '@' || byte == '[' ||
+	    byte == '#')
+		return 0;
+	return 1;
+}
+
+/* ":PORT" behind an authority, if it is there, into `asked_port`, which is 0 then if it is none. */
+INLINE void read_port(struct scratch *s)
+{
+	__u64 byte;
+	int i;
+
+	if (byte_at(s, s->at) != ':')
+		return;
+	s->at++;
+	s->asked_port = 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < 5; i++) {
+		FORGET();
+		byte = byte_at(s, s->at);
+		if (byte < '0' || byte > '9')
+			break;
+		s->asked_port = s->asked_port * 10 + (byte - '0');
+		s->at++;
+	}
+	FORGET();
+	if (s->at >= s->length || s->asked_port > 65535)
+		s->asked_port = 0;
+}
+
+/* The head of a request, which must name its host within one segment. */
+INLINE void read_head(struct __sk_buff *skb, struct scratch *s)
+{
+	__u64 byte;
+	int i;
+
+	s->verdict = GUARD_UNREADABLE;
+	if (!load_window(skb, s))
+		return;
+	if (s->length < MAX_WIRE_BYTES) /* else the slack behind it, which is zero */
+		*(__u64 *)(s->wire + MASKED(s->length, MAX_WIRE_BYTES - 1)) = 0;
+	s->hash = 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < 8; i++) {
+		FORGET();
+		byte = byte_at(s, s->at);
+		s->at++;
+		if (byte < 'A' || byte > 'Z')
+			break;
+		s->hash = s->hash << 8 | byte;
+	}
+	FORGET();
+	s->type = s->hash;
+	s->absolute = 0;
+	s->asked_port = s->flow.port;
+	FORGET();
+	if (byte_at(s, s->at - 1) != ' ')
+		return;
+	byte = byte_at(s, s->at);
+	if (s->type == CONNECT_WORD) {
+		s->absolute = 1;
+		s->asked_port = 0;
+	} else if (byte != '/' && byte != '*') {
+		/* Of a whole URL the authority counts, whatever Host says (RFC 9112, section 3.2.2). */
+		if (NETWORK_64(*(__u64 *)wire_at(s, s->at) | LETTERS_OF_SCHEME) >> 8 != HTTP_SCHEME)
+			return;
+		s->at += 7;
+		s->absolute = 1;
+		s->asked_port = 80;
+	} else {
+		s->registry = field_32(wire_at(s, s->at)) == V2_WORD;
+		find_host(s, 1);
+		if (ends_lines(s->hash) || s->at >= s->length) {
+			s->verdict = GUARD_NO_NAME;
+			return;
+		}
+#pragma clang loop unroll(disable)
+		for (i = 0; i < 8; i++) {
+			FORGET();
+			byte = byte_at(s, s->at);
+			if (byte != ' ' && byte != '\t')
+				break;
+			s->at++;
+		}
+	}
+	FORGET();
+	if (!read_authority(s)) {
+		s->verdict = GUARD_NO_NAME;
+		return;
+	}
+	if (s->absolute) {
+		read_port(s);
+		if (!s->asked_port)
+			return;
+		s->flow.port = s->asked_port;
+	}
+	s->named = 1;
+	if (s->flow.mode != GUARD_PROXY) {
+		if (s->type == CONNECT_WORD)
+			return;
+		s->flow.state = FLOW_ALLOWED;
+	} else if (s->type == CONNECT_WORD) {
+		s->flow.state = FLOW_CONNECT;
+	} else {
+		/* Every request to a proxy is looked at, so none may have a body, nor another one behind it. */
+		if (!s->absolute || (s->type != GET_WORD && s->type != HEAD_WORD))
+			return;
+		find_host(s, 0);
+		if (!ends_lines(s->hash) || s->at != s->payload_left)
+			return;
+	}
+	s->verdict = GUARD_PASSED;
+}
+
+/* Whether the segment ends with an empty line, as the last one of a head does. */
+INLINE int ends_head(struct __sk_buff *skb, struct scratch *s)
+{
+	if (bpf_skb_load_bytes(skb, s->tail - 4, s->wire, 4))
+		return 0;
+	return field_32(s->wire) == 0x0d0a0d0aU;
+}
+
+/* --- packets ----------------------------------------------------------------------------------------------------- */
+
+INLINE __u32 scope_of_mark(__u32 mark, struct settings *settings)
+{
+	mark &= settings->mark_mask & ~settings->mark_vouched;
+	if (mark == settings->mark_container)
+		return SCOPE_CONTAINER;
+	if (mark == settings->mark_engine)
+		return SCOPE_ENGINE;
+	return mark == settings->mark_host ? SCOPE_HOST : SCOPE_UNSTAMPED;
+}
+
+/* The level of a packet's scope, by what its sender cannot forge; of several witnesses the strictest is believed. */
+INLINE __u32 level_of(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
+{
+	__u32 scope = SCOPE_CONTAINER, *level, *known, found, i;
+	__u64 cgroup;
+
+	if (!s->stranger && !skb->ingress_ifindex) {
+		if (s->uplink.link_bytes != ETH_HLEN)
+			scope = scope_of_mark(skb->mark, settings);
+		else if (!bpf_skb_load_bytes(skb, ETH_ALEN, s->link.address, ETH_ALEN) && find_own_link(&s->link))
+			scope = scope_of_mark(skb->mark, settings);
+	}
+	s->scope = scope;
+	level = find_level(&s->scope);
+	found = level ? *level : JUDGED_NONE;
+	if (s->scope == SCOPE_CONTAINER)
+		return found;
+	scope = SCOPE_UNSTAMPED;
+#pragma clang loop unroll(disable)
+	for (i = 1; i <= MAX_CGROUP_LEVELS; i++) {
+		cgroup = bpf_skb_ancestor_cgroup_id(skb, i);
+		if (!cgroup)
+			break;
+		known = find_cgroup(&cgroup);
+		if (known)
+			scope = *known;
+	}
+	if (scope == SCOPE_UNSTAMPED)
+		return found;
+	scope &= SCOPES - 1;
+	level = find_level(&scope);
+	if (level && *level > found) {
+		s->scope = scope;
+		found = *level;
+	}
+	return found;
+}
+
+INLINE void set_listed_key(struct scratch *s)
+{
+	s->listed_key.prefix_bits = 32 + 128;
+	s->listed_key.port = s->learned_key.port;
+	s->listed_key.padding = 0;
+	copy_ipv6(s->listed_key.address, s->learned_key.address);
+	FORGET();
+}
+
+/* Whether a packet whose ports cannot be read may be TCP's or UDP's all the same: a first fragment that ends before
+ * them, or more extension headers than are read. `packet` gets the port that counts as a registry's. */
+INLINE int may_hide_one(struct __sk_buff *skb, struct scratch *s)
+{
+	__u64 protocol = s->packet.protocol;
+
+	s->packet.destination_port = s->uplink.any_port;
+	*(__u64 *)s->packet.source = 0; /* nobody's, and no rule's: what was read last is another packet's */
+	*(__u64 *)(s->packet.source + 8) = 0;
+	copy_ipv6(s->packet.destination, s->packet.source);
+	if (skb->protocol == NETWORK_16(ETH_P_IP)) {
+		if (!load_bytes(skb, 0, s->packet.head, IPV4_HEADER_BYTES))
+			return 0;
+		protocol = s->packet.head[9];
+		s->packet.protocol = IPPROTO_UDP;
+		return (protocol == IPPROTO_TCP || protocol == IPPROTO_UDP) &&
+		       !(field_16(s->packet.head + 6) & IP_OFFSET_MASK);
+	}
+	if (skb->protocol != NETWORK_16(ETH_P_IPV6))
+		return 0;
+	s->packet.protocol = IPPROTO_UDP;
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_HOPOPTS ||
+	       protocol == IPPROTO_ROUTING || protocol == IPPROTO_DSTOPTS;
+}
+
+/* Whether connections of this level to this port need permission. */
+INLINE int is_judged(__u32 level, struct packet *packet)
+{
+	__u32 port = packet->destination_port;
+
+	if (level < JUDGED_REGISTRY)
+		return 0;
+	if (level == JUDGED_EVERY && packet->protocol == IPPROTO_TCP)
+		return port != DNS_PORT;
+	return find_registry_port(&port) != 0;
+}
+
+INLINE __u32 folded(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (sum & 0xffff) + (sum >> 16);
+}
+
+/* Writes the TCP header of `s->segment` and `body` behind it. A sum that the device completes is that of the pseudo
+ * header, any other is whole; the kernel knows which it is, and changes the field by a difference only in the second
+ * case. */
+INLINE int write_segment(struct __sk_buff *skb, struct scratch *s, struct answer *body)
+{
+	__u64 length = TCP_HEADER_BYTES, network = s->uplink.link_bytes, transport = s->transport, bytes = 0;
+	__u64 pseudo, whole;
+	__u16 old_length, new_length;
+
+	if (body) {
+		bytes = body->length;
+		if (!bytes || bytes > MAX_ANSWER_BYTES)
+			return 0;
+		length += bytes;
+	}
+	if (bpf_skb_change_tail(skb, transport + length, 0))
+		return 0;
+	pseudo = bpf_csum_diff(0, 0, (void *)s->packet.source, 32, 0);
+	pseudo = folded(pseudo + NETWORK_16(IPPROTO_TCP) + NETWORK_16((__u16)length));
+	whole = bpf_csum_diff(0, 0, (void *)s->segment, TCP_HEADER_BYTES, 0);
+	if (body)
+		whole += body->sum;
+	whole = folded(whole);
+	*(__u16 *)(s->segment + TCP_CHECKSUM_OFFSET) = pseudo;
+	FORGET();
+	if (bpf_skb_store_bytes(skb, transport, s->segment, TCP_HEADER_BYTES, STORE_FLAGS))
+		return 0;
+	if (body && bpf_skb_store_bytes(skb, transport + TCP_HEADER_BYTES, body->bytes,
+					MASKED(bytes - 1, MAX_ANSWER_BYTES - 1) + 1, STORE_FLAGS))
+		return 0;
+	if (bpf_l4_csum_replace(skb, transport + TCP_CHECKSUM_OFFSET, 0, folded(2 * pseudo + whole), 0))
+		return 0;
+	if (skb->protocol == NETWORK_16(ETH_P_IP)) {
+		new_length = NETWORK_16((__u16)(transport - network + length));
+		if (bpf_skb_load_bytes(skb, network + 2, &old_length, 2) ||
+		    bpf_l3_csum_replace(skb, network + 10, old_length, new_length, 2) ||
+		    bpf_skb_store_bytes(skb, network + 2, &new_length, 2, STORE_FLAGS))
+			return 0;
+	} else {
+		new_length = NETWORK_16((__u16)(transport - network - IPV6_HEADER_BYTES + length));
+		if (bpf_skb_store_bytes(skb, network + 4, &new_length, 2, STORE_FLAGS))
+			return 0;
+	}
+	return 1;
+}
+
+/* Exchanges source and destination of link and network; the ports are the segment's. */
+INLINE int turn_round(struct __sk_buff *skb, struct scratch *s)
+{
+	__u64 network = s->uplink.link_bytes;
+	int i;
+
+	if (network)
+		for (i = 0; i < ETH_ALEN; i += 2)
+			if (!exchange_16(skb, i, ETH_ALEN + i))
+				return 0;
+	if (skb->protocol == NETWORK_16(ETH_P_IP))
+		return exchange_32(skb, network + IPV4_ADDRESSES, network + IPV4_ADDRESSES + 4);
+	for (i = 0; i < 16; i += 4)
+		if (!exchange_32(skb, network + IPV6_ADDRESSES + i, network + IPV6_ADDRESSES + 16 + i))
+			return 0;
+	return 1;
+}
+
+INLINE void make_segment(struct scratch *s, __u64 from, __u64 to, __u32 sequence, __u32 acknowledged, __u64 flags)
+{
+	*(__u16 *)s->segment = NETWORK_16((__u16)from);
+	*(__u16 *)(s->segment + 2) = NETWORK_16((__u16)to);
+	*(__u32 *)(s->segment + 4) = NETWORK_32(sequence);
+	*(__u32 *)(s->segment + 8) = NETWORK_32(acknowledged);
+	*(__u16 *)(s->segment + 12) = NETWORK_16((__u16)(TCP_HEADER_BYTES / 4 << 12 | flags));
+	*(__u16 *)(s->segment + 14) = NETWORK_16(65535);
+	*(__u32 *)(s->segment + 16) = 0;
+	FORGET();
+}
+
+/* Sends the client what the server would: this packet, turned round. */
+INLINE int answer_client(struct __sk_buff *skb, struct scratch *s, __u32 sequence, __u32 acknowledged, __u64 flags,
+			 struct answer *body)
+{
+	make_segment(s, s->packet.destination_port, s->packet.source_port, sequence, acknowledged, flags);
+	return write_segment(skb, s, body) && turn_round(skb, s) &&
+	       !bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
+}
+
+/* Tells the daemon, which writes it down. */
+INLINE void report(struct __sk_buff *skb, struct scratch *s, const __u8 *name, __u64 length)
+{
+	int i;
+
+	guard_count(s, s->verdict);
+	s->ending.at = now_ns();
+	copy_ipv6(s->ending.source, s->packet.source);
+	copy_ipv6(s->ending.destination, s->packet.destination);
+	s->ending.source_port = s->packet.source_port;
+	s->ending.destination_port = s->packet.destination_port;
+	s->ending.interface = skb->ifindex;
+	s->ending.scope = s->scope;
+	s->ending.name_length = least(length, 255);
+	s->ending.protocol = s->packet.protocol;
+	s->ending.verdict = s->verdict;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < 256; i += 8)
+		*(__u64 *)(s->ending.name + i) = *(const __u64 *)(name + i);
+	FORGET();
+	if (send_ending(skb, &s->ending, sizeof(s->ending)))
+		guard_count(s, GUARD_REPORT_LOST);
+}
+
+/* Ends a connection whose name is wrong: says so to the client in its own protocol, and resets the server. */
+INLINE int end_connection(struct __sk_buff *skb, struct scratch *s, __u32 expected, __u32 number)
+{
+	struct answer *answer = find_answer(&number);
+	__u32 after = s->sequence + s->payload_bytes + s->finished;
+
+	if (!answer_client(skb, s, s->acknowledged, after, TCP_FIN | TCP_PSH | TCP_ACK, answer))
+		return TC_ACT_SHOT;
+	if (!turn_round(skb, s))
+		return TC_ACT_SHOT;
+	make_segment(s, s->packet.source_port, s->packet.destination_port, expected, 0, TCP_RST);
+	return write_segment(skb, s, 0) ? TC_ACT_UNSPEC : TC_ACT_SHOT;
+}
+
+INLINE void set_flow_key(struct scratch *s)
+{
+	copy_ipv6(s->flow_key.source, s->packet.source);
+	copy_ipv6(s->flow_key.destination, s->packet.destination);
+	s->flow_key.source_port = s->packet.source_port;
+	s->flow_key.destination_port = s->packet.destination_port;
+}
+
+/* Begins to read a connection whose next byte has this number; 0 if there is no memory for it. */
+INLINE int begin_flow(struct scratch *s, __u32 mode, __u32 next)
+{
+	s->flow.pattern_id = 0;
+	s->flow.next = next;
+	s->flow.state = FLOW_BEGUN;
+	s->flow.mode = mode;
+	s->flow.port = s->packet.destination_port;
+	s->flow.head_bytes = 0;
+	FORGET();
+	return !remember_flow(&s->flow_key, &s->flow);
+}
+
+/* A new connection, or a datagram. */
+INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
+{
+	struct learned_value *learned = find_learned(&s->learned_key);
+	__u64 now = now_ns(), mode = GUARD_NAME, permitted = 0;
+	__u32 level;
+	__u8 *listed;
+
+	set_listed_key(s);
+	listed = find_listed(&s->listed_key);
+	if (listed && *listed != LISTED_PROXY)
+		return TC_ACT_UNSPEC;
+	level = level_of(skb, s, settings);
+	if (s->packet.protocol == IPPROTO_TCP) {
+		if (listed) {
+			mode = GUARD_PROXY;
+			permitted = 1;
+		} else if (learned && learned->expires_at > now) {
+			if (learned->unnamed_until > now)
+				return TC_ACT_UNSPEC;
+			if (learned->proxy_until > now)
+				mode = GUARD_PROXY;
+			permitted = 1;
+		} else if (skb->ingress_ifindex && skb->mark & settings->mark_vouched) {
+			permitted = 1; /* the tables know it still */
+		}
+		if (permitted) {
+			if (level < JUDGED_REGISTRY || (mode == GUARD_NAME && !is_judged(level, &s->packet)))
+				return TC_ACT_UNSPEC;
+			if (s->payload_bytes)
+				return TC_ACT_SHOT; /* sent again without, if the kernel sends it */
+			if (begin_flow(s, mode, s->sequence + 1))
+				return TC_ACT_UNSPEC;
+		}
+	}
+	if (!is_judged(level, &s->packet))
+		return TC_ACT_UNSPEC;
+	if (settings->observing)
+		return TC_ACT_UNSPEC; /* nftables has counted it, or never saw it */
+	s->verdict = GUARD_UNLISTED_ADDRESS;
+	report(skb, s, s->name, 0);
+	if (s->packet.protocol == IPPROTO_TCP)
+		answer_client(skb, s, 0, s->sequence + 1, TCP_RST | TCP_ACK, 0);
+	return TC_ACT_SHOT;
+}
+
+/* Whether a first segment looks like a client of a registry: a ClientHello, or a request below /v2/. */
+INLINE int looks_like_one(struct __sk_buff *skb, struct scratch *s)
+{
+	__u32 at;
+
+	if (s->payload_left < 16 || bpf_skb_load_bytes(skb, s->position, s->wire, 16))
+		return 0;
+	if (s->wire[0] == TLS_HANDSHAKE && s->wire[1] == 3 && s->wire[5] == CLIENT_HELLO)
+		return 1;
+#pragma clang loop unroll(full)
+	for (at = 3; at <= 6; at++)
+		if (s->wire[at] == ' ' && s->wire[at + 1] == '/' && s->wire[at + 2] == 'v' && s->wire[at + 3] == '2' &&
+		    s->wire[at + 4] == '/')
+			return 1;
+	return 0;
+}
+
+/* Reads on in a connection that is not decided; where a name was read it is at `name`. */
+INLINE const __u8 *read_on(struct __sk_buff *skb, struct scratch *s)
+{
+	struct hello *hello;
+	__u8 first = 0;
+
+	s->verdict = GUARD_PASSED;
+	s->name_length = 0;
+	s->named = 0;
+	s->registry = 0;
+	s->tail = s->position + s->payload_left;
+	if (bpf_skb_load_bytes(skb, s->position, &first, 1)) {
+		s->verdict = GUARD_UNREADABLE;
+		return s->name;
+	}
+	if (s->flow.state == FLOW_CONNECT) {
+		s->flow.head_bytes += s->payload_left;
+		if (ends_head(skb, s))
+			s->flow.state = FLOW_TUNNEL;
+		else if (s->flow.head_bytes > MAX_HEAD_BYTES)
+			s->verdict = GUARD_UNREADABLE;
+		return s->name;
+	}
+	if (s->flow.state != FLOW_HELLO) {
+		if (first != TLS_HANDSHAKE) {
+			if (s->flow.state == FLOW_TUNNEL)
+				s->verdict = GUARD_UNREADABLE;
+			else
+				read_head(skb, s);
+			if (s->verdict == GUARD_PASSED && s->flow.state == FLOW_CONNECT && ends_head(skb, s))
+				s->flow.state = FLOW_TUNNEL;
+			return s->name;
+		}
+		s->flow.state = FLOW_HELLO;
+		s->blank.need = HELLO_HEADER;
+		s->blank.header_need = TLS_RECORD_HEADER;
+		FORGET();
+		if (remember_hello(&s->flow_key, &s->blank)) {
+			s->verdict = GUARD_UNKNOWN;
+			return s->name;
+		}
+	}
+	hello = find_hello(&s->flow_key);
+	if (!hello) { /* pushed out by others */
+		s->verdict = GUARD_UNKNOWN;
+		return s->name;
+	}
+	read_hello(skb, s, hello);
+	s->name_length = hello->name_length;
+	return hello->name;
+}
+
+/* What follows the SYN. */
+INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
+{
+	struct flow *flow = find_flow(&s->flow_key);
+	struct learned_value *learned;
+	const __u8 *name = s->name;
+	__u32 level, expected, answer = ANSWER_HTTP;
+	__s32 ahead;
+	__u8 *listed, first = 0;
+
+	s->position = s->transport + s->header_bytes;
+	s->payload_left = s->payload_bytes;
+	if (!flow) {
+		if (!s->payload_bytes)
+			return TC_ACT_UNSPEC;
+		set_listed_key(s);
+		listed = find_listed(&s->listed_key);
+		if (listed && *listed != LISTED_PROXY)
+			return TC_ACT_UNSPEC;
+		learned = find_learned(&s->learned_key);
+		s->permitted = (learned && learned->expires_at > now_ns()) || listed;
+		if (learned && learned->unnamed_until > now_ns())
+			return TC_ACT_UNSPEC;
+		FORGET();
+		if (!s->permitted && (!settings->recognising || !looks_like_one(skb, s)))
+			return TC_ACT_UNSPEC;
+		level = level_of(skb, s, settings);
+		s->unknown = s->permitted && (listed ? level >= JUDGED_REGISTRY : is_judged(level, &s->packet));
+		if (!s->unknown && (level != JUDGED_RECOGNISED || !settings->recognising || !looks_like_one(skb, s)))
+			return TC_ACT_UNSPEC;
+		begin_flow(s, s->unknown ? GUARD_NAME : GUARD_RECOGNISE, s->sequence);
+	} else {
+		s->flow = *flow;
+		s->unknown = 0;
+	}
+	FORGET();
+	if (s->flow.state == FLOW_ALLOWED)
+		return TC_ACT_UNSPEC;
+	if (s->flow.state == FLOW_ENDED) {
+		if (s->finished)
+			answer_client(skb, s, s->acknowledged, 0, TCP_RST, 0);
+		return TC_ACT_SHOT;
+	}
+	if (!s->payload_bytes)
+		return TC_ACT_UNSPEC;
+	expected = s->flow.next;
+	ahead = expected - s->sequence;
+	if (ahead < 0)
+		return TC_ACT_SHOT;
+	if ((__u64)ahead >= s->payload_bytes)
+		return TC_ACT_UNSPEC;
+	s->position += ahead;
+	s->payload_left -= ahead;
+	s->flow.next = s->sequence + s->payload_bytes;
+	FORGET();
+	if (s->unknown) {
+		s->named = 0;
+		s->name_length = 0;
+		s->verdict = GUARD_UNKNOWN;
+	} else {
+		name = read_on(skb, s);
+	}
+	FORGET();
+	if (s->named && s->verdict == GUARD_PASSED)
+		s->verdict = judge_name(s, name, s->name_length);
+	FORGET();
+	if (s->flow.mode == GUARD_RECOGNISE && s->verdict != GUARD_PASSED && s->verdict != GUARD_UNLISTED_NAME &&
+	    !s->registry) {
+		s->verdict = GUARD_PASSED; /* not recognised */
+		s->flow.state = FLOW_ALLOWED;
+	}
+	if (s->verdict == GUARD_PASSED) {
+		if (s->named && s->flow.mode == GUARD_RECOGNISE)
+			s->flow.state = FLOW_ALLOWED;
+		if (s->flow.state == FLOW_ALLOWED)
+			guard_count(s, GUARD_PASSED);
+		remember_flow(&s->flow_key, &s->flow);
+		return TC_ACT_UNSPEC;
+	}
+	if (name != s->name)
+		answer = ANSWER_TLS;
+	level_of(skb, s, settings); /* whose it is */
+	report(skb, s, name, s->name_length);
+	s->flow.state = settings->observing ? FLOW_ALLOWED : FLOW_ENDED;
+	remember_flow(&s->flow_key, &s->flow);
+	if (settings->observing)
+		return TC_ACT_UNSPEC;
+	if (s->verdict == GUARD_UNKNOWN && !bpf_skb_load_bytes(skb, s->position, &first, 1) && first == TLS_HANDSHAKE)
+		answer = ANSWER_TLS;
+	return end_connection(skb, s, expected, answer);
+}
+
+INLINE int guard_packet(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
+{
+	__u32 interface = skb->ifindex;
+	struct uplink *uplink = find_uplink(&interface);
+	__u64 end;
+
+	if (!uplink)
+		return TC_ACT_UNSPEC;
+	s->uplink = *uplink;
+	FORGET();
+	if ((!read_packet(skb, &s->packet) ||
+	     (s->packet.protocol == IPPROTO_TCP && s->packet.fragment &&
+	      s->packet.payload - (s->packet.transport[12] >> 4) * 4 + TCP_HEADER_BYTES > s->packet.end)) &&
+	    !may_hide_one(skb, s))
+		return TC_ACT_UNSPEC;
+	FORGET();
+	copy_ipv6(s->learned_key.address, s->packet.destination);
+	s->learned_key.port = s->packet.destination_port;
+	s->learned_key.padding = 0;
+	if (s->packet.protocol == IPPROTO_UDP) {
+		__u32 port = s->packet.destination_port;
+
+		return find_registry_port(&port) ? guard_new(skb, s, settings) : TC_ACT_UNSPEC;
+	}
+	s->header_bytes = (s->packet.transport[12] >> 4) * 4;
+	s->transport = s->uplink.link_bytes + s->packet.payload - s->header_bytes;
+	/* A length of 0 is that of a packet which the device will cut ("BIG TCP"). */
+	end = s->packet.end > s->packet.payload ? s->packet.end : skb->len - s->uplink.link_bytes;
+	if (s->packet.end <= s->packet.payload && skb->len < 65536)
+		end = s->packet.payload;
+	s->payload_bytes = end > s->packet.payload ? end - s->packet.payload : 0;
+	s->sequence = field_32(s->packet.transport + TCP_SEQUENCE_OFFSET);
+	s->acknowledged = field_32(s->packet.transport + TCP_SEQUENCE_OFFSET + 4);
+	s->finished = s->packet.transport[TCP_FLAGS_OFFSET] & TCP_FIN;
+	set_flow_key(s);
+	FORGET();
+	if (is_first(&s->packet))
+		return guard_new(skb, s, settings);
+	if (s->packet.transport[TCP_FLAGS_OFFSET] & (TCP_SYN | TCP_RST))
+		return TC_ACT_UNSPEC;
+	return guard_segment(skb, s, settings);
+}
+
+#endif

@@ -1,0 +1,231 @@
+"""The guard's half of enforcement: what its maps hold, where it is attached, and what it reports.
+
+The guard (bpf/guard.h) stands at the tc egress of every uplink. It permits nothing that nftables refuses; it refuses
+what nftables cannot see: names in first bytes, and packets that never met the table.
+
+Invariant: it begins to judge when it knows everything, and not before. A connection that is older than the guard is
+told to it as allowed, since its name is past; one that begins later and is unknown is ended.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+
+from enforcer import bpf, catalogue, conntrack, kernel_abi, netlink
+from enforcer.denial import TLS_ALERT
+from enforcer.kernel_abi import (
+    Answer,
+    Ending,
+    FlowState,
+    GuardOutcome,
+    JudgedPorts,
+    Listed,
+    MarkedScope,
+)
+from enforcer.policy import Level, Mode, Policy, RuleKind, name_permissions, pattern_id
+from enforcer.topology import AttachmentPlan
+
+log = logging.getLogger("registry-enforcer")
+
+# By level: where connections of a scope need permission, and where those of an engine, which talks to registries only.
+_JUDGED = {
+    Level.OFF: (JudgedPorts.NONE, JudgedPorts.NONE),
+    Level.REGISTRIES: (JudgedPorts.RECOGNISED, JudgedPorts.RECOGNISED),
+    Level.STRICT: (JudgedPorts.REGISTRY, JudgedPorts.EVERY),
+}
+
+
+def judged_ports(policy: Policy) -> dict[MarkedScope, JudgedPorts]:
+    """Value of BPF's `levels` for each scope."""
+    scope = policy.scope
+    return {
+        MarkedScope.UNSTAMPED: _JUDGED[scope.strictest][0],
+        MarkedScope.HOST: _JUDGED[scope.host][0],
+        MarkedScope.ENGINE: _JUDGED[scope.engines][1],
+        MarkedScope.CONTAINER: _JUDGED[scope.containers][0],
+    }
+
+
+def listed_map(policy: Policy) -> dict[bytes, bytes]:
+    """What BPF's `listed` holds. Who may say what he likes at an address may do so where a proxy is, too."""
+    kinds = sorted(policy.rules, key=lambda rule: rule.kind is not RuleKind.PROXY)
+    return {
+        kernel_abi.pack_listed_key(network.network_address, network.prefixlen, port): bytes(
+            [Listed.PROXY if rule.kind is RuleKind.PROXY else Listed.REGISTRY]
+        )
+        for rule in kinds
+        for network in rule.addresses
+        for port in rule.ports
+    }
+
+
+def http_answer(policy: Policy) -> bytes:
+    """What a client is told in plain HTTP; it fits MAX_ANSWER_BYTES whatever the policy's texts are."""
+    contact = f"; ask {policy.contact}" if policy.contact else ""
+    message = f"{policy.organization} does not allow this registry{contact}"
+    body = json.dumps({"errors": [{"code": "DENIED", "message": message}]})
+    while len(body) > 600:  # escapes of what is not ASCII take six bytes a character
+        message = message[: len(message) * 3 // 4]
+        body = json.dumps({"errors": [{"code": "DENIED", "message": message}]})
+    return (
+        "HTTP/1.1 403 Forbidden\r\n"
+        "Content-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n"
+        "Connection: close\r\n"
+        "\r\n"
+        f"{body}"
+    ).encode("ascii")
+
+
+class Guard:
+    """The guard of one daemon; on the event loop's thread."""
+
+    def __init__(self, kernel: bpf.KernelState, links: netlink.Netlink, report: Callable[[Ending, bool], None]) -> None:
+        """`report(ending, observed)` is called for every connection that was ended, or in mode observe was not."""
+        self._kernel = kernel
+        self._links = links
+        self._report = report
+        self._program = kernel.programs["guard"]
+        self._attached: set[int] = set()
+        self._unattachable: set[int] = set()  # each logged once
+        self._uplinks: dict[bytes, bytes] = {}
+        self._own_links: dict[bytes, bytes] = {}
+        self._observing = False
+        self._begun = bool(kernel.report.adopted)  # an earlier daemon's guard goes on
+        self._plan: AttachmentPlan | None = None
+        self._any_port = 0
+        self.malformed = 0  # records of the ring that are none
+
+    # --- policy ------------------------------------------------------------------------------------------------------
+    def follow_policy(self, policy: Policy) -> None:
+        """Tell the guard what is judged, listed and known. Names, which it shares with the learner, are not here."""
+        maps = self._kernel.maps
+        for number, answer in ((Answer.TLS, TLS_ALERT), (Answer.HTTP, http_answer(policy))):
+            maps["answers"].update(_u32(number), kernel_abi.pack_answer(answer))
+        maps["catalogue"].replace_all(
+            {
+                kernel_abi.pack_name_key(pattern.name, wildcard=pattern.wildcard): b"\1"
+                for pattern in catalogue.catalogue()
+            }
+            if recognises(policy)
+            else {}
+        )
+        self._observing = policy.mode is Mode.OBSERVE
+        if policy.ports[0] != self._any_port:
+            self._any_port = policy.ports[0]
+            if self._plan is not None:
+                self.fit(self._plan)
+
+    def end_what_lost_its_name(self, before: Policy, after: Policy) -> int:
+        """End the open connections that `after` would not begin: whose name no pattern allows any more."""
+        lost = {pattern_id(entry.pattern) for entry in name_permissions(before)}
+        lost -= {pattern_id(entry.pattern) for entry in name_permissions(after)}
+        if not lost:
+            return 0
+        flows = self._kernel.maps["flows"]
+        ended = 0
+        for key, value in list(flows.items()):
+            named_by, *_, state, mode, _ = kernel_abi.FLOW.codec.unpack(value)
+            if named_by in lost and state == FlowState.ALLOWED:
+                flows.update(
+                    key, kernel_abi.pack_flow(FlowState.ENDED, kernel_abi.GuardMode(mode), pattern_id=named_by)
+                )
+                ended += 1
+        return ended
+
+    # --- interfaces --------------------------------------------------------------------------------------------------
+    def fit(self, plan: AttachmentPlan, *, look_again: bool = False) -> None:
+        """Be at the egress of every uplink, and of nothing else. `look_again`: somebody touched filters."""
+        self._plan = plan
+        if look_again:
+            self._attached.clear()
+        maps = self._kernel.maps
+        own_links = {
+            kernel_abi.pack_link(entry.interface.link_address): b"\1"
+            for entry in plan.roles
+            if len(entry.interface.link_address) == 6
+        }
+        if own_links != self._own_links:
+            maps["own_links"].replace_all(own_links)
+            self._own_links = own_links
+        for interface in plan.uplinks:
+            if interface.index in self._attached:
+                continue
+            try:
+                if self._links.attach(interface.index, netlink.Direction.EGRESS, self._program.fd, netlink.GUARD):
+                    self._attached.add(interface.index)
+            except netlink.NetlinkError as error:
+                if interface.index not in self._unattachable:
+                    self._unattachable.add(interface.index)
+                    log.warning(
+                        "interface %s takes no guard (%s): names are not looked at there, and what nftables does not "
+                        "see leaves through it",
+                        interface.name,
+                        error,
+                    )
+        self._attached.intersection_update(interface.index for interface in plan.uplinks)
+        uplinks = {
+            _u32(interface.index): kernel_abi.pack_uplink(self._any_port, ethernet=bool(interface.link_address))
+            for interface in plan.uplinks
+        }
+        if uplinks == self._uplinks or not self._begun:
+            return
+        maps["uplinks"].replace_all(uplinks)
+        self._uplinks = uplinks
+
+    def begin(self) -> None:
+        """Judge from now on, once everything else is in place; what is open already stays open."""
+        if self._begun:
+            return
+        self._let_be()
+        self._begun = True
+        assert self._plan is not None
+        self.fit(self._plan)
+        self._let_be()  # what began between the two
+
+    def _let_be(self) -> None:
+        try:
+            connected = conntrack.tcp_connections()
+        except OSError as error:
+            log.warning("the kernel does not tell its connections (%s): open ones to registries are ended", error)
+            return
+        flows = self._kernel.maps["flows"]
+        allowed = kernel_abi.pack_flow(FlowState.ALLOWED)
+        for source, destination in itertools.islice(connected, kernel_abi.MAX_FLOWS // 2):
+            flows.add(kernel_abi.pack_flow_key(*source, *destination), allowed)
+
+    # --- what it says ------------------------------------------------------------------------------------------------
+    def take(self, reader: bpf.EventReader) -> None:
+        """Everything that the guard has reported."""
+        for record in reader.read():
+            try:
+                ending = kernel_abi.decode_ending(record)
+            except ValueError:
+                self.malformed += 1
+                continue
+            self._report(ending, self._observing)
+
+    def counts(self) -> Mapping[GuardOutcome, int]:
+        """How often it said what."""
+        guarded = self._kernel.maps["guarded"]
+        return {outcome: guarded.sum_u64(_u32(outcome)) for outcome in GuardOutcome}
+
+    @property
+    def interfaces(self) -> frozenset[int]:
+        """Indexes of the uplinks that are guarded."""
+        return frozenset(self._attached)
+
+
+def recognises(policy: Policy) -> bool:
+    """Whether some scope's level asks for a look at every connection's first bytes."""
+    return any(
+        level is Level.REGISTRIES for level in (policy.scope.containers, policy.scope.engines, policy.scope.host)
+    )
+
+
+def _u32(value: int) -> bytes:
+    return value.to_bytes(4, sys.byteorder)

@@ -1,0 +1,142 @@
+"""Names and addresses together: real clients and servers, one address behind which everything is.
+
+Every address of the lab's internet is served by the same registry, as a CDN serves all of its customers; so whether a
+name is reached says what the guard said, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+
+import pytest
+
+from tests.lab.clients import Clients
+from tests.lab.enforcer import Enforcer, policy, registry
+from tests.lab.internet import ALLOWED_ADDRESS, EVIL_ADDRESS, EVIL_ADDRESS6
+from tests.lab.lab import CT_ADDRESS, Lab, poll
+
+pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.timeout(180)]
+
+AT_ONCE = 2.0  # seconds; a client whose hello is dropped waits for ten and more
+WHERE = ("ct", "host")
+
+
+def curl(
+    lab: Lab, where: str, name: str, address: str, *more: str, port: int = 443
+) -> subprocess.CompletedProcess[str]:
+    """A request to `address` for `name`, whatever DNS says."""
+    scheme = "http" if port == 5000 else "https"
+    at = f"[{address}]" if ":" in address else address
+    return lab.run(where, ["curl", "-sS", "-k", "-m", "10", "--resolve", f"{name}:{port}:{at}", *more,
+                           f"{scheme}://{name}:{port}/v2/"])  # fmt: skip
+
+
+@pytest.fixture
+def strict(enforcer: Enforcer, lab: Lab, clients: Clients) -> Enforcer:
+    """Every scope is judged, and the registry's address was learned."""
+    enforcer.ensure(policy(host="strict"))
+    assert lab.ct.connect("registry.allowed.test").reached
+    return enforcer
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_shared_address_opens_the_allowed_names_only(strict: Enforcer, lab: Lab, where: str) -> None:
+    before = strict.total("enforcer_guarded_connections_total", outcome="unlisted_name")
+    allowed = curl(lab, where, "registry.allowed.test", ALLOWED_ADDRESS)
+    assert (allowed.returncode, allowed.stdout) == (0, "{}"), allowed
+    started = time.monotonic()
+    refused = curl(lab, where, "evil.test", ALLOWED_ADDRESS)
+    assert refused.returncode != 0
+    assert "access denied" in refused.stdout, refused.stdout
+    assert time.monotonic() - started < AT_ONCE
+    assert strict.total("enforcer_guarded_connections_total", outcome="unlisted_name") == before + 1
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("more", [("--tls-max", "1.2"), ("--curves", "P-521:X25519"), ("--http1.1",)], ids=" ".join)
+def test_every_kind_of_hello_is_read(strict: Enforcer, lab: Lab, where: str, more: tuple[str, ...]) -> None:
+    assert curl(lab, where, "registry.allowed.test", ALLOWED_ADDRESS, *more).stdout == "{}"
+    assert "access denied" in curl(lab, where, "evil.test", ALLOWED_ADDRESS, *more).stdout
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_hello_without_a_name_is_refused_unless_the_rule_says_so(strict: Enforcer, lab: Lab, where: str) -> None:
+    client = ["curl", "-sS", "-k", "-m", "10", f"https://{ALLOWED_ADDRESS}/v2/"]
+    assert "access denied" in lab.run(where, client).stdout
+    lenient = registry("nameless", "registry.allowed.test").rstrip() + '\nverify = "address"\n'
+    assert strict.reload(policy(host="strict", more=lenient)) == "ok"
+    assert lab.ct.connect("registry.allowed.test").reached
+    assert lab.run(where, client).stdout == "{}"
+    assert curl(lab, where, "evil.test", ALLOWED_ADDRESS).stdout == "{}"
+    assert strict.reload(policy(host="strict")) == "ok"
+    assert "access denied" in lab.run(where, client).stdout
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_plain_registry_is_judged_by_its_host(strict: Enforcer, lab: Lab, where: str) -> None:
+    address = lab.ct.call("resolve", name="plain.allowed.test", family=4)[0]
+    assert curl(lab, where, "plain.allowed.test", address, port=5000).stdout == "{}"
+    refused = curl(lab, where, "evil.test", address, "-i", port=5000).stdout
+    assert "403" in refused
+    (error,) = json.loads(refused[refused.index("{") :])["errors"]
+    assert error["code"] == "DENIED"
+    assert "Lab does not allow this registry; ask platform@lab.test" in error["message"]
+
+
+def test_refused_name_is_audited_with_its_container(strict: Enforcer, lab: Lab) -> None:
+    curl(lab, "ct", "audited.evil.test", ALLOWED_ADDRESS)
+
+    def recorded() -> list[dict[str, object]]:
+        asked = strict.command("log", "--json", "-n", "200")
+        return [record for record in map(json.loads, asked.splitlines()) if record["name"] == "audited.evil.test"]
+
+    poll("the record", lambda: bool(recorded()))
+    (record,) = recorded()
+    assert record["kind"] == "refused"
+    assert record["scope"] == "container"
+    assert (record["reason"], record["name_source"]) == ("unlisted-name", "client")
+    assert record["source"]["address"] == CT_ADDRESS  # type: ignore[index]
+
+
+def test_connection_that_is_older_than_the_guard_stays_open(any_enforcer: Enforcer, lab: Lab) -> None:
+    if any_enforcer.running:
+        any_enforcer.stop()
+    any_enforcer.remove()
+    for agent in (lab.ct, lab.engine):
+        agent.call("hold", key="old", name="registry.allowed.test", port=443)
+    any_enforcer.start(policy(host="strict"))
+    for agent in (lab.ct, lab.engine):
+        assert agent.talk("old").reached
+
+
+def test_reload_that_takes_a_name_away_ends_its_connections_at_a_shared_address(strict: Enforcer, lab: Lab) -> None:
+    shared = ("dual.allowed.test", "registry.allowed.test")
+    lab.ct.call("hold", key="kept", name="registry.allowed.test", port=443)
+    assert strict.reload(policy(host="strict", corp=shared)) == "ok"
+    assert lab.ct.talk("kept").reached
+
+
+@pytest.fixture
+def recognising(enforcer: Enforcer) -> Enforcer:
+    enforcer.ensure(policy(host="registries"))
+    return enforcer
+
+
+def test_recognised_registries_are_refused_to_the_host_and_nothing_else_is(recognising: Enforcer, lab: Lab) -> None:
+    assert "access denied" in curl(lab, "host", "ghcr.io", EVIL_ADDRESS).stdout
+    assert "access denied" in curl(lab, "host", "quay.io", EVIL_ADDRESS6).stdout
+    assert curl(lab, "host", "evil.test", EVIL_ADDRESS).stdout == "{}"
+    plain = curl(lab, "host", "evil.test", EVIL_ADDRESS, "-i", port=5000).stdout
+    assert "403" in plain  # /v2/ in plain HTTP
+    assert curl(lab, "host", "registry.allowed.test", ALLOWED_ADDRESS).stdout == "{}"
+    assert not lab.ct.attempt(EVIL_ADDRESS).reached
+
+
+def test_observe_mode_ends_nothing_and_counts(enforcer: Enforcer, lab: Lab) -> None:
+    enforcer.ensure(policy(mode="observe", host="strict"))
+    assert lab.ct.connect("registry.allowed.test").reached
+    before = enforcer.total("enforcer_guarded_connections_total", outcome="unlisted_name")
+    assert curl(lab, "ct", "evil.test", ALLOWED_ADDRESS).stdout == "{}"
+    assert enforcer.total("enforcer_guarded_connections_total", outcome="unlisted_name") == before + 1
