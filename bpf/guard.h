@@ -27,6 +27,8 @@
 #define HELLO_HEADER	   4
 #define VERSION_AND_RANDOM 34
 #define TLS_LEGACY_VERSION 0x0303
+#define TLS_MAJOR_VERSION  0x0300
+#define TLS_LAST_MINOR	   4
 #define EXTENSION_NAME	   0
 #define EXTENSION_ECH	   0xfe0d
 #define NAME_LIST_HEAD	   5 /* length of the list, type of the name, its length (RFC 6066, section 3) */
@@ -298,12 +300,16 @@ INLINE int load_window(struct __sk_buff *skb, struct scratch *s)
 /* The end of a record's header. */
 INLINE void begin_record(struct scratch *s, struct hello *h)
 {
-	__u64 type = h->header >> 32, length = h->header & 0xffff;
+	__u64 type = h->header >> 32, version = h->header >> 16 & 0xffff, length = h->header & 0xffff;
 
 	h->header = 0;
 	h->header_need = TLS_RECORD_HEADER;
 	h->record_left = length;
 	h->skipping = 0;
+	if ((version & 0xff00) != TLS_MAJOR_VERSION || (version & 0xff) > TLS_LAST_MINOR) {
+		s->verdict = GUARD_UNREADABLE;
+		return;
+	}
 	if (type == TLS_HANDSHAKE && length && length <= MAX_RECORD_BYTES)
 		return;
 	if (h->whole && type == TLS_CHANGE_CIPHER && length == 1)

@@ -81,7 +81,7 @@ INLINE int is_refused(struct learned_key *to, __u32 scope, __u32 protocol, struc
 	} else if (!find_registry_port(&port)) {
 		return 0;
 	}
-	if (is_learned(to) || is_listed(to) || stays_here(to))
+	if ((protocol == IPPROTO_TCP && is_learned(to)) || is_listed(to) || stays_here(to))
 		return 0;
 	number = ((settings->observing ? SCOPES : 0) + number) * 2 + (protocol == IPPROTO_UDP);
 	counter = find_refusals(&number);

@@ -28,7 +28,7 @@ AUDIT_GROUP = 0x5245  # nfnetlink_log: where refusals are reported to the daemon
 LEARNING_PROGRAMS = frozenset({"learn", "track_query", "gate"})
 CONNECT_HOOKS = frozenset({"connect4", "connect6"})
 STAMPS = frozenset({"stamp_host", "stamp_engine", "stamp_container"})
-PROGRAMS = LEARNING_PROGRAMS | CONNECT_HOOKS | {"sendmsg4", "sendmsg6", "sock_create"}
+PROGRAMS = LEARNING_PROGRAMS | CONNECT_HOOKS | {"sendmsg4", "sendmsg6", "sock_create", "guard"}
 
 
 class Feature(enum.Enum):
@@ -219,7 +219,7 @@ def shortfalls(capabilities: Capabilities) -> Iterator[Shortfall]:
         yield Shortfall(
             "tc filters",
             "the kernel takes no BPF filter on an interface",
-            "addresses are learned by a packet socket: a first connection may wait a second for them",
+            _WITHOUT_LEARNING,
             modules=("sch_ingress", "cls_bpf"),
             kernel_option="CONFIG_NET_SCH_INGRESS, CONFIG_NET_CLS_BPF",
         )
@@ -227,10 +227,10 @@ def shortfalls(capabilities: Capabilities) -> Iterator[Shortfall]:
         yield Shortfall(
             "bpf learning",
             "the kernel takes no BPF program that reads DNS answers",
-            "addresses are learned by a packet socket: a first connection may wait a second for them",
+            _WITHOUT_LEARNING,
             "run as root, and where the kernel is locked down allow BPF",
         )
-    if not capabilities.guards:
+    if capabilities.learns_in_kernel and not capabilities.guards:
         yield Shortfall(
             "bpf guard",
             "nothing looks at first bytes where packets leave",
@@ -270,6 +270,10 @@ def shortfalls(capabilities: Capabilities) -> Iterator[Shortfall]:
         )
 
 
+_WITHOUT_LEARNING = (
+    "addresses are learned by a packet socket: a first connection may wait a second for them; nothing looks at first "
+    'bytes: a shared address opens every name behind it, and the level "registries" refuses nothing'
+)
 _COSTS: dict[Feature, str] = {
     Feature.BASE: "nothing can be refused",
     Feature.PLAIN_SETS: "ports and interfaces are spelled out in rules",

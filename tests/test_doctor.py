@@ -81,12 +81,13 @@ def test_kernel_without_tc_is_found_by_trying(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("capabilities", "subject"),
     [
-        (replace(FULL, programs=LEARNING_PROGRAMS, unified=False), "bpf connect hooks"),
+        (replace(FULL, programs=LEARNING_PROGRAMS | {"guard"}, unified=False), "bpf connect hooks"),
         (replace(FULL, traffic_control=False), "tc filters"),
         (replace(FULL, programs=FULL.programs - {"learn"}), "bpf learning"),
         (replace(FULL, cgroup=False), "cgroup v2"),
-        (replace(FULL, programs=LEARNING_PROGRAMS | STAMPS | {"sock_ops"}), "bpf connect hooks"),
-        (replace(FULL, programs=LEARNING_PROGRAMS), "bpf connect hooks"),
+        (replace(FULL, programs=LEARNING_PROGRAMS | STAMPS | {"sock_ops", "guard"}), "bpf connect hooks"),
+        (replace(FULL, programs=LEARNING_PROGRAMS | {"guard"}), "bpf connect hooks"),
+        (replace(FULL, programs=FULL.programs - {"guard"}), "bpf guard"),
     ],
 )
 def test_rung_below_the_top_is_named_with_its_cost_and_remedy(capabilities: Capabilities, subject: str) -> None:

@@ -11,11 +11,22 @@ import sys
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from enforcer import bpf, kernel_abi
-from enforcer.kernel_abi import DEFAULT_MARKS, Answer, GuardOutcome, JudgedPorts, Listed, MarkedScope, Protocol
+from enforcer.denial import TlsHello, read_request
+from enforcer.kernel_abi import (
+    DEFAULT_MARKS,
+    Answer,
+    FlowState,
+    GuardOutcome,
+    JudgedPorts,
+    Listed,
+    MarkedScope,
+    Protocol,
+)
 from enforcer.policy import Address
 from tests.kernel import packets
 from tests.kernel.harness import TC_ACT_UNSPEC, Harness
@@ -444,6 +455,27 @@ def test_observe_mode_reports_and_lets_pass(guarded: Guarded) -> None:
     assert_passed(connection.send(b"more"), connection)
     (ending,) = guarded.endings()
     assert ending.outcome is GuardOutcome.UNLISTED_NAME
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_guard_believes_no_more_than_the_full_parser(guarded: Guarded, seed: int) -> None:
+    """Damaged hellos: what passes as one for an allowed name is one to Python, too."""
+    random = Random(seed)  # noqa: S311 - repeatable, not secret
+    whole = hello_with(extension(10, 4) + name_extension(b"registry.example") + extension(0x33, 8))
+    judged = 0
+    for _ in range(500):
+        data = bytearray(whole)
+        for _ in range(random.randint(1, 3)):
+            data[random.randrange(len(data))] = random.choice((0, 1, 3, 22, 255, random.randrange(256)))
+        connection = guarded.connection(REGISTRY[4])
+        if connection.send(bytes(data)).answers or connection.send(b"\x17\x03\x03\0\1x").answers:
+            continue
+        key = kernel_abi.pack_flow_key(HERE[4], connection.own_port, REGISTRY[4], 443)
+        _, _, _, _, state, _, _ = kernel_abi.FLOW.codec.unpack(guarded.maps["flows"].lookup(key))
+        if state == FlowState.ALLOWED:
+            judged += 1
+            assert read_request(bytes(data)) == TlsHello("registry.example")
+    assert judged > 20
 
 
 # --- HTTP ------------------------------------------------------------------------------------------------------------

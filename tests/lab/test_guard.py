@@ -41,6 +41,7 @@ def strict(enforcer: Enforcer, lab: Lab, clients: Clients) -> Enforcer:
     return enforcer
 
 
+@pytest.mark.attack("an unlisted name at an allowed name's shared address")
 @pytest.mark.parametrize("where", WHERE)
 def test_shared_address_opens_the_allowed_names_only(strict: Enforcer, lab: Lab, where: str) -> None:
     before = strict.total("enforcer_guarded_connections_total", outcome="unlisted_name")
@@ -54,6 +55,7 @@ def test_shared_address_opens_the_allowed_names_only(strict: Enforcer, lab: Lab,
     assert strict.total("enforcer_guarded_connections_total", outcome="unlisted_name") == before + 1
 
 
+@pytest.mark.attack("a hello of TLS 1.2, with a large key share, for an unlisted name")
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("more", [("--tls-max", "1.2"), ("--curves", "P-521:X25519"), ("--http1.1",)], ids=" ".join)
 def test_every_kind_of_hello_is_read(strict: Enforcer, lab: Lab, where: str, more: tuple[str, ...]) -> None:
@@ -61,6 +63,7 @@ def test_every_kind_of_hello_is_read(strict: Enforcer, lab: Lab, where: str, mor
     assert "access denied" in curl(lab, where, "evil.test", ALLOWED_ADDRESS, *more).stdout
 
 
+@pytest.mark.attack("a hello without a server name")
 @pytest.mark.parametrize("where", WHERE)
 def test_hello_without_a_name_is_refused_unless_the_rule_says_so(strict: Enforcer, lab: Lab, where: str) -> None:
     client = ["curl", "-sS", "-k", "-m", "10", f"https://{ALLOWED_ADDRESS}/v2/"]
@@ -74,6 +77,7 @@ def test_hello_without_a_name_is_refused_unless_the_rule_says_so(strict: Enforce
     assert "access denied" in lab.run(where, client).stdout
 
 
+@pytest.mark.attack("another Host in plain HTTP")
 @pytest.mark.parametrize("where", WHERE)
 def test_plain_registry_is_judged_by_its_host(strict: Enforcer, lab: Lab, where: str) -> None:
     address = lab.ct.call("resolve", name="plain.allowed.test", family=4)[0]
@@ -132,6 +136,25 @@ def test_recognised_registries_are_refused_to_the_host_and_nothing_else_is(recog
     assert "403" in plain  # /v2/ in plain HTTP
     assert curl(lab, "host", "registry.allowed.test", ALLOWED_ADDRESS).stdout == "{}"
     assert not lab.ct.attempt(EVIL_ADDRESS).reached
+
+
+@pytest.mark.attack("another table's notrack, or its accept before ours")
+@pytest.mark.parametrize("rule", ["notrack", "accept"])
+def test_another_tables_earlier_verdict_opens_nothing(strict: Enforcer, lab: Lab, rule: str) -> None:
+    chains = "".join(
+        f"chain {hook} {{ type filter hook {hook} priority -300; policy accept; {rule}; }}\n"
+        for hook in ("prerouting", "output")
+    )
+    added = lab.run("host", ["nft", f"table inet others {{ {chains} }}"])
+    assert added.returncode == 0, added.stdout
+    try:
+        for agent in (lab.ct, lab.host):
+            assert not agent.attempt(EVIL_ADDRESS).reached
+            assert not agent.attempt(EVIL_ADDRESS6).reached
+        assert "access denied" in curl(lab, "host", "evil.test", ALLOWED_ADDRESS).stdout
+    finally:
+        lab.run("host", ["nft", "delete", "table", "inet", "others"])
+    assert lab.ct.connect("registry.allowed.test").reached
 
 
 def test_observe_mode_ends_nothing_and_counts(enforcer: Enforcer, lab: Lab) -> None:
