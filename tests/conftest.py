@@ -34,6 +34,12 @@ _catalogue = Catalogue()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_catalogue)
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import settings  # noqa: PLC0415 - seconds of an emulated processor, where nobody uses it
+
+        # What takes 2 ms takes 300 where the processors are busy; pytest's own time limit ends what hangs.
+        settings.register_profile("any machine", deadline=None)
+        settings.load_profile("any machine")
     for name in (*_REDIRECTING, *_PROXIES, *(proxy.upper() for proxy in _PROXIES)):
         os.environ.pop(name, None)
 

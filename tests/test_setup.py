@@ -482,6 +482,7 @@ def test_skip_is_a_failure_in_ci_only(tmp_path: Path, source: str, in_ci: bool) 
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
     (tmp_path / "test_skipping.py").write_text(f"{source}\ndef test_other(): pass\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("CI_", "PYTEST_"))}
+    environment["PYTHONPATH"] = str(ROOT)  # where conftest.py imports from
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path],
         env=environment | ({"CI_NO_SKIP": "1"} if in_ci else {}),

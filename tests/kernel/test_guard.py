@@ -471,7 +471,9 @@ def test_guard_believes_no_more_than_the_full_parser(guarded: Guarded, seed: int
         if connection.send(bytes(data)).answers or connection.send(b"\x17\x03\x03\0\1x").answers:
             continue
         key = kernel_abi.pack_flow_key(HERE[4], connection.own_port, REGISTRY[4], 443)
-        _, _, _, _, state, _, _ = kernel_abi.FLOW.codec.unpack(guarded.maps["flows"].lookup(key))
+        flow = guarded.maps["flows"].lookup(key)
+        assert flow is not None
+        _, _, _, _, state, _, _ = kernel_abi.FLOW.codec.unpack(flow)
         if state == FlowState.ALLOWED:
             judged += 1
             assert read_request(bytes(data)) == TlsHello("registry.example")
