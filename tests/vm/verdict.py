@@ -71,7 +71,9 @@ def judge(kernel: Kernel, records: Sequence[dict[str, Any]], *, ended: bool, sec
     for loader in _LOADERS:
         if steps.get(loader, {}).get("result") == "ok":
             facts = steps[loader]["facts"]
-            refused = {symbol.removesuffix("_pidns") for symbol in facts["refused"]} - facts["programs"].keys()
+            refused = {symbol.removesuffix("_pidns").removesuffix("_netns") for symbol in facts["refused"]} - facts[
+                "programs"
+            ].keys()
             surprises += _difference(f"program not loaded by {loader}", refused, set(expected.programs_missing))
             surprises += [
                 f"{name} by {loader}: {count} instructions verified"
