@@ -65,6 +65,7 @@ demo: setup ## allowed and refused pulls with docker and podman, in namespaces o
 
 bench: setup ## first connections to fresh names, beside a run without enforcement
 	@$(HERE) .venv/bin/python -m tests.lab.bench
+	@$(HERE) .venv/bin/python -m tests.lab.bench_guard
 
 fuzz: setup ## fuzz the parsers, 15 seconds each; MINUTES=5 for longer, TARGET=dns_message for one
 	@$(HERE) .venv/bin/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(TARGET),--target $(TARGET))

@@ -36,6 +36,17 @@ INLINE __u32 scope_bits(__u32 scope, struct settings *settings)
 	return scope == SCOPE_HOST ? settings->mark_host : 0;
 }
 
+/* The scope that a mark says; a socket that no program has stamped has none. */
+INLINE __u32 scope_of_mark(__u32 mark, struct settings *settings)
+{
+	mark &= settings->mark_mask & ~settings->mark_vouched;
+	if (mark == settings->mark_container)
+		return SCOPE_CONTAINER;
+	if (mark == settings->mark_engine)
+		return SCOPE_ENGINE;
+	return mark == settings->mark_host ? SCOPE_HOST : SCOPE_UNSTAMPED;
+}
+
 /* Whose the calling process is, SCOPE_*. The deepest cgroup that is known decides: a container's is often
  * below its engine's. */
 INLINE __u32 scope_of_current(struct settings *settings, int look_at_pidns)

@@ -3,9 +3,9 @@
  * The last look, at the tc egress of every uplink: where a new connection may go, and what name its first bytes ask
  * for.
  *
- * A new connection passes if its destination was learned or is listed, or if nftables let it through (forwarded ones
- * only: nobody else can put that bit there). Otherwise its scope decides, read from what cannot be forged. This is what
- * refuses traffic that nftables never sees: macvlan, raw sockets, another table's notrack.
+ * A new connection passes if its destination was learned or is listed, or if the gate vouched for it (forwarded ones
+ * only: a socket of the host may have been given that bit). Otherwise its scope decides, read from what cannot be
+ * forged. This is what refuses traffic that nftables never sees: macvlan, raw sockets, another table's notrack.
  *
  * The first bytes of a connection to a learned address are read as they pass, segment by segment and without a copy: a
  * TLS ClientHello or an HTTP head. The connection ends with the segment that completes a wrong name. What cannot be
@@ -620,16 +620,6 @@ INLINE int ends_head(struct __sk_buff *skb, struct scratch *s)
 
 /* --- packets ----------------------------------------------------------------------------------------------------- */
 
-INLINE __u32 scope_of_mark(__u32 mark, struct settings *settings)
-{
-	mark &= settings->mark_mask & ~settings->mark_vouched;
-	if (mark == settings->mark_container)
-		return SCOPE_CONTAINER;
-	if (mark == settings->mark_engine)
-		return SCOPE_ENGINE;
-	return mark == settings->mark_host ? SCOPE_HOST : SCOPE_UNSTAMPED;
-}
-
 /* The level of a packet's scope, by what its sender cannot forge; of several witnesses the strictest is believed. */
 INLINE __u32 level_of(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
@@ -890,7 +880,7 @@ INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *
 				mode = GUARD_PROXY;
 			permitted = 1;
 		} else if (skb->ingress_ifindex && skb->mark & settings->mark_vouched) {
-			permitted = 1; /* the tables know it still */
+			permitted = 1; /* the gate looked a moment ago */
 		}
 		if (permitted) {
 			if (level < JUDGED_REGISTRY || (mode == GUARD_NAME && !is_judged(level, &s->packet)))
@@ -1009,7 +999,9 @@ INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settin
 			return TC_ACT_UNSPEC;
 		level = level_of(skb, s, settings);
 		s->unknown = s->permitted && (listed ? level >= JUDGED_REGISTRY : is_judged(level, &s->packet));
-		if (!s->unknown && (level != JUDGED_RECOGNISED || !settings->recognising || !looks_like_one(skb, s)))
+		/* What nothing permits has been looked at already. */
+		if (!s->unknown &&
+		    (level != JUDGED_RECOGNISED || !settings->recognising || (s->permitted && !looks_like_one(skb, s))))
 			return TC_ACT_UNSPEC;
 		begin_flow(s, s->unknown ? GUARD_NAME : GUARD_RECOGNISE, s->sequence);
 	} else {

@@ -240,10 +240,7 @@ class BpfMap:
 
     def update(self, key: bytes, value: bytes) -> None:
         """Inserts or replaces one element. Raises BpfError if the map is full."""
-        self._set_key(key)
-        if len(value) != self.value_size:
-            raise ValueError(f"{self.name}: value of {len(value)} bytes, not {self.value_size}")
-        self._value[: len(value)] = value
+        self._set_element(key, value)
         try:
             call(_MAP_UPDATE, self._element)
         except OSError as error:
@@ -251,10 +248,7 @@ class BpfMap:
 
     def add(self, key: bytes, value: bytes) -> bool:
         """Inserts one element and replaces none; whether it is new. Raises BpfError if the map is full."""
-        self._set_key(key)
-        if len(value) != self.value_size:
-            raise ValueError(f"{self.name}: value of {len(value)} bytes, not {self.value_size}")
-        self._value[: len(value)] = value
+        self._set_element(key, value)
         try:
             call(_MAP_UPDATE, packed("I4xQQQ", self.fd, address(self._key), address(self._value), _NOEXIST))
         except OSError as error:
@@ -310,6 +304,12 @@ class BpfMap:
         if len(key) != self.key_size:
             raise ValueError(f"{self.name}: key of {len(key)} bytes, not {self.key_size}")
         self._key[: len(key)] = key
+
+    def _set_element(self, key: bytes, value: bytes) -> None:
+        self._set_key(key)
+        if len(value) != self.value_size:
+            raise ValueError(f"{self.name}: value of {len(value)} bytes, not {self.value_size}")
+        self._value[: len(value)] = value
 
     def _found(self, command: int, attributes: bytearray) -> bool:
         try:

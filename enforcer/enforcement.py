@@ -281,8 +281,7 @@ class Enforcement:
         # Held now, brought to the table below: an earlier daemon's has nearly all of it.
         self._adopt_learned()
         self._adopt_saved()
-        if self._ears is None:
-            self._vouch(self._longest())  # a new build's maps, or those of before a reboot, know nothing
+        self._refresh_learned()  # a new build's maps, or those of before a reboot, know nothing
         self._attach_hooks()
         first_pass = asyncio.create_task(self.ask_for_names())
         done, _ = await asyncio.wait([first_pass], timeout=FIRST_RESOLVE_SECONDS)
@@ -683,7 +682,7 @@ class Enforcement:
         )
 
     def _refresh_learned(self) -> None:
-        """After a change of policy: what may be said at the addresses that stay may be another thing now."""
+        """Bring BPF to what is held: after a change of policy other things may be said at the addresses that stay."""
         if self._ears is None:
             self._vouch(self._longest())
 

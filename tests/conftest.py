@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 import pytest
@@ -34,8 +34,23 @@ _catalogue = Catalogue()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_catalogue)
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import settings  # noqa: PLC0415 - seconds of an emulated processor, where nobody uses it
+
+        # What takes 2 ms takes 300 where the processors are busy; pytest's own time limit ends what hangs.
+        settings.register_profile("any machine", deadline=None)
+        settings.load_profile("any machine")
     for name in (*_REDIRECTING, *_PROXIES, *(proxy.upper() for proxy in _PROXIES)):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _umask() -> Iterator[None]:
+    """What a command sets for its process is not for the tests that follow it."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -536,7 +536,7 @@ def test_key_or_value_of_a_wrong_size_is_refused(kernel: KernelState) -> None:
     learned = kernel.maps["learned"]
     with pytest.raises(ValueError, match="key of 19 bytes, not 20"):
         learned.lookup(bytes(19))
-    with pytest.raises(ValueError, match="value of 17 bytes, not 32"):
+    with pytest.raises(ValueError, match=f"value of 17 bytes, not {LEARNED.size}"):
         learned.update(bytes(20), bytes(17))
     with pytest.raises(ValueError, match="key of 21 bytes, not 20"):
         learned.update_many([(bytes(21), bytes(LEARNED.size))])

@@ -17,6 +17,7 @@ from tests.lab.enforcer import Enforcer, policy
 from tests.lab.internet import ALLOWED_ADDRESS, EVIL_ADDRESS, REPOSITORY
 from tests.lab.lab import HOST_ADDRESS, RESOLVER, Lab, accepts, poll
 
+BRIDGE = "br-proxied"
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.timeout(180)]
 
 PROXY, PORT = "proxy.allowed.test", 3128
@@ -79,11 +80,13 @@ def docker(lab: Lab, clients: Clients, corporate: object) -> Iterator[Pull]:
     directory.mkdir()
     (directory / "daemon.json").write_text("{}")
     socket = f"{directory}/docker.sock"
+    # A dockerd without a bridge deletes docker0, which is the other's.
+    lab.ip("host", f"link add {BRIDGE} type bridge", f"addr add 10.79.0.1/24 dev {BRIDGE}", f"link set {BRIDGE} up")
     dockerd = lab.spawn(
         "host",
         ["env", f"HTTPS_PROXY=http://{PROXY}:{PORT}", f"HTTP_PROXY=http://{PROXY}:{PORT}", "dockerd",
          "--config-file", f"{directory}/daemon.json", "--host", f"unix://{socket}", "--data-root", f"{directory}/data",
-         "--exec-root", f"{directory}/exec", "--pidfile", f"{directory}/pid", "--bridge", "none", "--iptables=false",
+         "--exec-root", f"{directory}/exec", "--pidfile", f"{directory}/pid", "--bridge", BRIDGE, "--iptables=false",
          "--ip6tables=false", "--insecure-registry", PLAIN, "--insecure-registry", "evil.test:5000"],
         "dockerd-behind-proxy",
     )  # fmt: skip
@@ -99,6 +102,7 @@ def docker(lab: Lab, clients: Clients, corporate: object) -> Iterator[Pull]:
     yield pull
     dockerd.terminate()
     dockerd.wait(20)
+    lab.ip("host", f"link del {BRIDGE}")
 
 
 @pytest.fixture(scope="module")

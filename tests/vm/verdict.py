@@ -25,6 +25,7 @@ class Verdict:
     release: str
     programs: dict[str, int]  # what loaded by libbpf -> how many instructions the verifier walked
     missing: tuple[str, ...]  # programs, nft features and steps that are known to be missing, and are
+    refusals: dict[str, str]  # C function -> the verifier's last lines, of those that did not load by libbpf
     tests_ok: int
     tests_failing: int  # as expected
     steps: dict[str, float]  # name -> seconds
@@ -71,7 +72,9 @@ def judge(kernel: Kernel, records: Sequence[dict[str, Any]], *, ended: bool, sec
     for loader in _LOADERS:
         if steps.get(loader, {}).get("result") == "ok":
             facts = steps[loader]["facts"]
-            refused = {symbol.removesuffix("_pidns") for symbol in facts["refused"]} - facts["programs"].keys()
+            refused = {symbol.removesuffix("_pidns").removesuffix("_netns") for symbol in facts["refused"]} - facts[
+                "programs"
+            ].keys()
             surprises += _difference(f"program not loaded by {loader}", refused, set(expected.programs_missing))
             surprises += [
                 f"{name} by {loader}: {count} instructions verified"
@@ -90,15 +93,17 @@ def judge(kernel: Kernel, records: Sequence[dict[str, Any]], *, ended: bool, sec
         if through != wanted:
             surprises.append(f"{through} DNS vectors went through BPF, not {wanted}")
     failing = sum(test["result"] != "ok" for test in tests.values())
+    libbpf = steps.get("libbpf", {}).get("facts", {})
     return Verdict(
         kernel=kernel.name,
         release=steps.get("boot", {}).get("facts", {}).get("release", ""),
-        programs=dict(steps.get("libbpf", {}).get("facts", {}).get("programs", {})),
+        programs=dict(libbpf.get("programs", {})),
         missing=(
             *expected.programs_missing,
             *expected.nft_missing,
             *(f"{step}: {why}" for step, why in expected.skipped.items()),
         ),
+        refusals=dict(libbpf.get("refused", {})),
         tests_ok=len(tests) - failing,
         tests_failing=failing,
         steps={name: record["seconds"] for name, record in steps.items()},
