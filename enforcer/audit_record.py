@@ -37,6 +37,16 @@ class Kind(enum.Enum):
     OBSERVED = "observed"  # mode "observe": would have been refused
     DISAGREEMENT = "disagreement"  # BPF learned more from a DNS answer than the daemon accepts; withdrawn
     POLICY = "policy"  # another policy is in force, or a new one was not taken
+    DRIFT = "drift"  # somebody else took away what enforces, or changed it; put back
+
+
+class Drifted(enum.Enum):
+    """What of this daemon's somebody else changed or took away."""
+
+    TABLE = "table"
+    TRAFFIC_CONTROL = "tc"
+    CGROUP = "cgroup"
+    PINS = "pins"
 
 
 class Origin(enum.Enum):

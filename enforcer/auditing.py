@@ -142,6 +142,10 @@ class Auditor:
         """Another policy is in force, or a new one was not taken."""
         self._write(AuditRecord(at=time.time(), kind=Kind.POLICY, detail=detail))
 
+    def drifted(self, detail: str) -> None:
+        """Somebody else changed what enforces, or took it away."""
+        self._write(AuditRecord(at=time.time(), kind=Kind.DRIFT, detail=detail))
+
     # --- what becomes of it ------------------------------------------------------------------------------------------
     async def run(self) -> None:
         """Write what is known well enough, until cancelled; then what is left."""

@@ -497,6 +497,13 @@ def pin_report(facts: Mapping[str, object], path: Path) -> None:
         pin(fd, path)
 
 
+def _inode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_ino
+    except FileNotFoundError:
+        return None
+
+
 def has_ring_buffer() -> bool:
     """Whether the kernel has BPF_MAP_TYPE_RINGBUF (5.8). Raises OSError if it lets us create no map at all."""
     try:
@@ -651,12 +658,14 @@ class KernelState:
         self.report = report
         self.maps: dict[str, BpfMap] = {}
         self.programs: dict[str, Program] = {}
+        self._pins: dict[Path, tuple[int, int]] = {}  # path -> (descriptor, inode)
         self._fds = contextlib.ExitStack()
         try:
             for path in sorted((report.generation / "maps").iterdir()):
                 self.maps[path.name] = BpfMap(self._open(path), path.name)
             for path in sorted((report.generation / "programs").iterdir()):
                 self.programs[path.name] = _program(self._open(path), path.name)
+            self._open(report.generation / "report")  # last: whoever finds it finds the others
             found = {f"maps/{name}": each.id for name, each in self.maps.items()}
             found |= {f"programs/{name}": each.id for name, each in self.programs.items()}
             # The kernel never gives an id twice before it has given four billion others.
@@ -669,7 +678,26 @@ class KernelState:
     def _open(self, path: Path) -> int:
         fd = _open_pin(path)
         self._fds.callback(os.close, fd)
+        self._pins[path] = fd, path.lstat().st_ino
         return fd
+
+    def restore_pins(self) -> list[str]:
+        """Pins again what is not there any more, or what something else stands in for; their names. Raises BpfError."""
+        lost = [path for path, (_, inode) in self._pins.items() if _inode(path) != inode]
+        if not lost:
+            return []
+        generation = self.report.generation
+        try:
+            ensure_bpffs(generation.parent)
+            for path in lost:
+                fd, _ = self._pins[path]
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+                pin(fd, path)
+                self._pins[path] = fd, path.lstat().st_ino
+        except OSError as error:
+            raise BpfError(f"{generation} cannot be pinned: {error.strerror}") from error
+        return [str(path.relative_to(generation)) for path in lost]
 
     def now_ns(self) -> int:
         """Now on the clock that this build's maps and events count in."""
@@ -733,6 +761,16 @@ def attached_programs(cgroup: Path, hook: CgroupHook) -> list[int]:
     """Ids of all programs attached to this very cgroup at `hook`, other tools' too."""
     with _opened_cgroup(cgroup) as cgroup_fd:
         return _attached(cgroup_fd, hook)
+
+
+def is_attached(program: Program, cgroup: Path, hook: CgroupHook) -> bool:
+    """Whether `program` is at `hook` of this very cgroup; False also if there is no such cgroup. Raises BpfError."""
+    try:
+        return program.id in attached_programs(cgroup, hook)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise BpfError(f"what is attached to cgroup {cgroup} cannot be read: {error.strerror}") from error
 
 
 def _attached(cgroup_fd: int, hook: CgroupHook) -> list[int]:

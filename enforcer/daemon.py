@@ -24,6 +24,7 @@ from enforcer import (
     netlink,
     nflog,
     nft,
+    nft_events,
     notify,
     packet_socket,
     procfs,
@@ -117,7 +118,9 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             enforcement.know_cgroups(watch.known.values())
         resolver_files = procfs.RESOLV_CONF, *procfs.UPSTREAM_RESOLV_CONFS
         stack.enter_context(procfs.FileWatch(resolver_files, enforcement.follow_resolvers))
+        table_watch = stack.enter_context(nft_events.TableWatch(enforcement.restore_table, enforcement.suspect_table))
         await enforcement.start()
+        table_watch.follow()
         if isinstance(kernel, bpf.KernelState):
             bpf.remove_other_generations(kernel.report)
         for number in (signal.SIGTERM, signal.SIGINT):

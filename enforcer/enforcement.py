@@ -48,9 +48,10 @@ from enforcer import (
     topology,
 )
 from enforcer.audit import AuditLog
-from enforcer.audit_record import Kind, Report
+from enforcer.audit_record import Drifted, Kind, Report
 from enforcer.bpf import Loader
 from enforcer.denial import Refusal, host_name
+from enforcer.drift import Repairs, UnannouncedDrift
 from enforcer.guarding import Guard, judged_ports, listed_map, recognises
 from enforcer.kernel_abi import (
     DnsEvent,
@@ -228,6 +229,7 @@ class Enforcement:
         self.auditor = auditing.Auditor(audit_log, kernel, cgroup, self._known_name)
         self.reports: nflog.RefusalReader | None = None  # None: the kernel reports no refused packets
         self._audit_log = audit_log
+        self._repairs = Repairs(self.metrics, self.auditor)
         self._revoked: set[Destination] | None = None  # None: the table is not this daemon's yet
         self._firewall = firewall
         self._capabilities = capabilities
@@ -240,6 +242,9 @@ class Enforcement:
             self._permissions,
             lambda entry: self.learned.holds(entry),  # noqa: PLW0108 - a reload replaces `learned`
         )
+        self._drift: UnannouncedDrift | None = None  # None: nothing of ours is in BPF
+        if isinstance(kernel, bpf.KernelState):
+            self._drift = UnannouncedDrift(kernel, cgroup, options.bpffs, self._repairs)
         self.guard: Guard | None = None  # None: this kernel has no place for it
         if capabilities.guards and isinstance(kernel, bpf.KernelState):
             self.guard = Guard(kernel, links, self._ended)
@@ -250,6 +255,7 @@ class Enforcement:
         self._responder: responder.Responder | None = None
         self._redirected = set(ruleset.Redirected)  # what no other table's input chain is known to drop
         self._redirects_lost: dict[ruleset.Redirected, int] = {}
+        self._table_uncertain = False  # somebody may have changed it unseen
         self._interfaces = ""  # the text that told the table of them last
         self._unsaved = False  # the last attempt to write the state file failed
         self._lost_seen = 0
@@ -289,10 +295,9 @@ class Enforcement:
             log.warning("not all names of the policy are resolved yet; enforcing now, the rest follows")
             self._asked.add(first_pass)
             first_pass.add_done_callback(self._asked.discard)
-        difference = self._difference()
+        difference = self._difference(self._elements() if self._table_present else [])
         assert self.plan is not None  # follow_resolvers made it
-        held = self._firewall.revoked() if self._table_present and self._capabilities.remembers else []
-        self._revoked = {(element.address, element.port) for element in held}
+        self._revoked = self._revoked_elements() if self._table_present else set()
         self._apply_ruleset(self.policy, self._render(difference))
         self._remember_revoked(difference)
         self._write_judge(self.policy)
@@ -456,10 +461,13 @@ class Enforcement:
         else:
             self._unsaved = False
 
-    def _difference(self) -> Changes:
-        """What makes an earlier daemon's elements those that this one holds; all of them, where there is no table."""
+    def _elements(self) -> list[ruleset.Element]:
+        """What the learned sets hold; NftError if they are gone."""
+        return self._firewall.learned() if self._capabilities.remembers else []
+
+    def _difference(self, elements: Iterable[ruleset.Element]) -> Changes:
+        """What makes of these elements of the table those that are held."""
         now = self._now()
-        elements = self._firewall.learned() if self._table_present and self._capabilities.remembers else []
         seconds_left = {(element.address, element.port): element.lifetime_seconds for element in elements}
         permit = (
             entry
@@ -537,18 +545,32 @@ class Enforcement:
     def _apply(self, changes: Changes) -> None:
         if changes:
             self._stop_vouching((*changes.withdraw, *changes.forget))
-            if self._table_present:  # else start() brings everything that is held by then
-                if text := self._render(changes):
-                    self._firewall.apply(text)
+            if self._table_present:  # else start(), or the repair, brings everything that is held by then
+                text = self._render(changes)
                 self._remember_revoked(changes)
+                self._change_table(text)
 
-    def _apply_ruleset(self, policy: Policy, elements: str = "") -> None:
-        """The whole table for `policy` and changes of its sets, in one transaction. Raises NftError."""
+    def _change_table(self, text: str) -> None:
+        """A part of the table. If the kernel refuses it the table is not what it was, and is written whole."""
+        try:
+            if text:
+                self._firewall.apply(text)
+        except nft.NftError as error:
+            if not self._ruleset_applied:
+                raise
+            self.restore_table(str(error).partition("\n")[0])
+
+    def _apply_ruleset(self, policy: Policy, elements: str = "", *, afresh: bool = False) -> None:
+        """The whole table for `policy` and changes of its sets, in one transaction. Raises NftError.
+
+        `afresh`: whatever has the table's name goes first, in the same transaction.
+        """
         assert self.plan is not None
         plan, answering = self.plan, self._answering()
         self._apply_with_cgroups(
             lambda cgroups: (
-                ruleset.render_ruleset(
+                (ruleset.render_removal() if afresh else "")
+                + ruleset.render_ruleset(
                     policy,
                     self._capabilities,
                     plan.internal,
@@ -729,8 +751,7 @@ class Enforcement:
         before = self.plan
         known_routes = self._links.routes()
         self.plan = topology.plan_attachments(self._links.interfaces(), known_routes, routes, wsl=procfs.is_wsl())
-        if changed & netlink.Change.TRAFFIC_CONTROL:
-            self._attached.clear()  # somebody touched filters: look at each
+        look_again = bool(changed & netlink.Change.TRAFFIC_CONTROL)  # somebody touched filters
         ranges = {
             kernel_abi.pack_range_key(network.network_address, network.prefixlen): _u32(range_class)
             for network, range_class in (
@@ -742,9 +763,11 @@ class Enforcement:
             self._kernel.maps["ranges"].replace_all(ranges)
             self._ranges = ranges
         if self._ears is None:
-            self._attach_programs()
+            taken = self._attach_programs(look_again=look_again)
             if self.guard is not None:
-                self.guard.fit(self.plan, look_again=bool(changed & netlink.Change.TRAFFIC_CONTROL))
+                taken |= self.guard.fit(self.plan, look_again=look_again)
+            if taken:
+                self._repairs.made(Drifted.TRAFFIC_CONTROL, ", ".join(sorted(taken)))
         else:
             self._ears.listen_on(self.plan.learn)
         if self._table_present:
@@ -757,19 +780,25 @@ class Enforcement:
             for address, why in self.plan.unlearnable:
                 log.warning("answers of the resolver %s cannot teach: %s", address, why)
 
-    def _attach_programs(self) -> None:
+    def _attach_programs(self, *, look_again: bool) -> set[str]:
+        """The interfaces whose programs somebody had taken away; `look_again` is to find them."""
         assert self.plan is not None
         programs = self._kernel.programs
+        taken = set()
         for index in self.plan.learn | self.plan.gate:
             name = self._program_at(index)
-            if self._attached.get(index) == name:
+            was_there = self._attached.get(index) == name
+            if was_there and not look_again:
                 continue
             wanted = [(netlink.Direction.INGRESS, name)]
             if name == "learn":
                 wanted.append((netlink.Direction.EGRESS, "track_query"))
             try:
-                if all(self._links.attach(index, at, programs[program].fd, program) for at, program in wanted):
+                results = [self._links.attach(index, at, programs[program].fd, program) for at, program in wanted]
+                if all(results):
                     self._attached[index] = name
+                    if was_there and netlink.Attachment.MADE in results:
+                        taken.add(self.plan.name_of(index))
             except netlink.NetlinkError as error:
                 # Nothing opens: without the program no answer teaches here and no packet is vouched for.
                 if index not in self._unattachable:
@@ -777,6 +806,7 @@ class Enforcement:
                     log.warning("interface %d takes no BPF program (%s): nothing is learned there", index, error)
         for index in self._attached.keys() - (self.plan.learn | self.plan.gate):
             del self._attached[index]
+        return taken
 
     def _tell_interfaces(self) -> None:
         assert self.plan is not None
@@ -787,8 +817,8 @@ class Enforcement:
             # An earlier daemon's table may have none of the other sets.
             text = ruleset.render_internal(internal, self._capabilities)
         if text != self._interfaces:
-            self._firewall.apply(text)
             self._interfaces = text
+            self._change_table(text)
 
     async def follow_links(self) -> None:
         """Fit the programs to every change of interfaces, addresses, routes and filters."""
@@ -848,7 +878,12 @@ class Enforcement:
             self._cgroups[cgroup.path] = cgroup.scope
         self._stamp(appeared)
         if self._table_present and self._capabilities.scopes_in_nft:
-            self._apply_with_cgroups(functools.partial(ruleset.render_cgroups, self.policy.marks, self._capabilities))
+            try:
+                self._apply_with_cgroups(
+                    functools.partial(ruleset.render_cgroups, self.policy.marks, self._capabilities)
+                )
+            except nft.NftError as error:
+                self.restore_table(str(error).partition("\n")[0])
 
     def _apply_with_cgroups(self, render: Callable[[Iterable[tuple[str, MarkedScope]]], str]) -> None:
         """Apply what names cgroups, which may vanish before nft has looked them up: then without those."""
@@ -934,8 +969,8 @@ class Enforcement:
             return
         again = revocation.to_judge_again(before, self.policy, self.learned, connected)
         if again and self._revoked is not None and self._capabilities.remembers:
-            self._firewall.apply(ruleset.render_revoked(again))
             self._revoked.update(again)
+            self._change_table(ruleset.render_revoked(again))
             log.info("connections to %d destinations are judged again", len(again))
 
     def housekeeping(self) -> None:
@@ -956,7 +991,50 @@ class Enforcement:
             self._apply(self._adopt_learned())
             if self._ears is not None:
                 self.ask_again.set()  # nobody else has read what was lost
+        if self._drift is not None:
+            self._drift.repair(self._cgroups if self._capabilities.stamps_sockets else {})
+        if self._table_uncertain or not self._table_present:
+            self.restore_table("the kernel had more events of nftables than it keeps")
         self.watch_redirects()
+
+    # --- drift of the table ------------------------------------------------------------------------------------------
+    def suspect_table(self) -> None:
+        """Events of nftables were lost: somebody may have changed the table."""
+        self._table_uncertain = True
+
+    def restore_table(self, detail: str = "its rules or elements") -> None:
+        """Somebody else has changed the table, or taken it away: write it whole, with everything that is held."""
+        self._table_uncertain = False
+        try:
+            self._write_table()
+        except nft.NftError as error:
+            self._table_present = False
+            self._repairs.failed(Drifted.TABLE, error)
+        else:
+            self._repairs.made(Drifted.TABLE, detail)
+
+    def _write_table(self) -> None:
+        try:
+            elements, held = self._elements(), self._revoked_elements()
+        except nft.NftError:  # gone, with the sets or the table
+            elements, held = [], set()
+        difference = self._difference(elements)
+        text = self._render(difference) + ruleset.render_revoked((self._revoked or set()) - held)
+        try:
+            self._apply_ruleset(self.policy, text)
+        except nft.NftError:
+            # Something of another kind has the name of a part of it.
+            difference = self._difference([])
+            text = self._render(difference) + ruleset.render_revoked(self._revoked or set())
+            self._apply_ruleset(self.policy, text, afresh=True)
+        self._remember_revoked(difference)
+        self._table_present = True
+        self._interfaces = ""
+        self._redirects_lost = self._count_redirects_lost()
+
+    def _revoked_elements(self) -> set[Destination]:
+        held = self._firewall.revoked() if self._capabilities.remembers else []
+        return {(element.address, element.port) for element in held}
 
     def _lost(self) -> int:
         return self._count(Outcome.EVENT_LOST) + (self._ears.lost if self._ears is not None else 0)
@@ -999,13 +1077,20 @@ class Enforcement:
         if self._responder is None:
             return {}
         counters = self._firewall.counters()
-        return {way: counters[way.entered].packets - counters[way.reached].packets for way in ruleset.Redirected}
+        return {
+            way: counters[way.entered].packets - counters[way.reached].packets
+            for way in ruleset.Redirected
+            if counters.keys() >= {way.entered, way.reached}  # else somebody has just taken them away
+        }
 
     def watch_redirects(self) -> None:
         """Go back to resets where another table's input chain drops what is redirected: clients would hang."""
         if self._responder is None:
             return
         before, lost = self._redirects_lost, self._count_redirects_lost()
+        if lost.keys() != before.keys():
+            self._redirects_lost = lost
+            return
         if any(lost[way] > before[way] for way in self._redirected):
             # A packet may have come between the readings of its two counters; what was dropped stays so.
             again = self._count_redirects_lost()

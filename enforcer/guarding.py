@@ -138,11 +138,13 @@ class Guard:
         return ended
 
     # --- interfaces --------------------------------------------------------------------------------------------------
-    def fit(self, plan: AttachmentPlan, *, look_again: bool = False) -> None:
-        """Be at the egress of every uplink, and of nothing else. `look_again`: somebody touched filters."""
+    def fit(self, plan: AttachmentPlan, *, look_again: bool = False) -> set[str]:
+        """Be at the egress of every uplink, and of nothing else. `look_again`: somebody touched filters.
+
+        The value are the interfaces whose guard somebody had taken away.
+        """
         self._plan = plan
-        if look_again:
-            self._attached.clear()
+        taken = set()
         maps = self._kernel.maps
         own_links = {
             kernel_abi.pack_link(entry.interface.link_address): b"\1"
@@ -153,11 +155,16 @@ class Guard:
             maps["own_links"].replace_all(own_links)
             self._own_links = own_links
         for interface in plan.uplinks:
-            if interface.index in self._attached:
+            was_there = interface.index in self._attached
+            if was_there and not look_again:
                 continue
+            at = interface.index, netlink.Direction.EGRESS
             try:
-                if self._links.attach(interface.index, netlink.Direction.EGRESS, self._program.fd, netlink.GUARD):
+                attachment = self._links.attach(*at, self._program.fd, netlink.GUARD)
+                if attachment:
                     self._attached.add(interface.index)
+                if was_there and attachment is netlink.Attachment.MADE:
+                    taken.add(interface.name)
             except netlink.NetlinkError as error:
                 if interface.index not in self._unattachable:
                     self._unattachable.add(interface.index)
@@ -172,10 +179,10 @@ class Guard:
             _u32(interface.index): kernel_abi.pack_uplink(self._any_port, ethernet=bool(interface.link_address))
             for interface in plan.uplinks
         }
-        if uplinks == self._uplinks or not self._begun:
-            return
-        maps["uplinks"].replace_all(uplinks)
-        self._uplinks = uplinks
+        if uplinks != self._uplinks and self._begun:
+            maps["uplinks"].replace_all(uplinks)
+            self._uplinks = uplinks
+        return taken
 
     def begin(self) -> None:
         """Judge from now on, once everything else is in place; what is open already stays open."""

@@ -19,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from enforcer import __version__
+from enforcer.audit_record import Drifted
 from enforcer.denial import Answered
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series beside each counter that nobody here would read
@@ -100,6 +101,14 @@ class Metrics(Collector):
         )
         for answered in Answered:
             self.refusals_answered.labels(answered.value)
+        self.drift_repairs = Counter(
+            "enforcer_drift_repairs",
+            "What somebody else had changed or taken away in the kernel, and was put back, by what it was.",
+            ["what"],
+            registry=self.registry,
+        )
+        for what in Drifted:
+            self.drift_repairs.labels(what.value)
         self.learn_seconds = Histogram(
             "enforcer_learn_seconds",
             "From the arrival of a DNS answer to its addresses being in the nftables set.",

@@ -91,6 +91,14 @@ class Direction(enum.Enum):
     EGRESS = 0xFFFFFFF3
 
 
+class Attachment(enum.IntEnum):
+    """What became of an attempt to attach; only the first is false."""
+
+    IMPOSSIBLE = 0  # the interface is gone
+    KEPT = 1  # it was there already
+    MADE = 2
+
+
 @dataclass(frozen=True, slots=True)
 class _Filter:
     """Any program's tc filter, or the head of a chain of them (handle 0)."""
@@ -182,8 +190,8 @@ class Netlink:
         return next((route.get("oif") for route in replies if route["type"] in (_UNICAST, _LOCAL)), None)
 
     # --- tc ----------------------------------------------------------------------------------------------------------
-    def attach(self, index: int, direction: Direction, program_fd: int, name: str) -> bool:
-        """Make the sched_cls program behind `program_fd` ours on this interface; False if the interface is gone.
+    def attach(self, index: int, direction: Direction, program_fd: int, name: str) -> Attachment:
+        """Make the sched_cls program behind `program_fd` ours on this interface.
 
         Does nothing if it is there already; another program of ours is replaced in one step, but the guard has a place
         beside it. It runs with direct action, and should end in TC_ACT_UNSPEC so that other programs' filters have
@@ -195,7 +203,7 @@ class Netlink:
         filters = self._filters(index, direction)
         ours = next((entry for entry in filters if entry.ours and entry.is_guard == (name == GUARD)), None)
         if ours and ours.name == filter_name:
-            return True
+            return Attachment.KEPT
         options = [
             ("TCA_BPF_FD", program_fd),
             ("TCA_BPF_NAME", filter_name),
@@ -219,8 +227,8 @@ class Netlink:
             if error.errno != errno.ENODEV:
                 raise
             self.vanished += 1
-            return False
-        return True
+            return Attachment.IMPOSSIBLE
+        return Attachment.MADE
 
     def takes_filters(self, program_fd: int | None) -> bool:
         """Whether tc takes BPF filters (clsact and cls_bpf): tried on lo, where nothing of it stays."""
@@ -229,7 +237,7 @@ class Netlink:
         if self.attached(LOOPBACK):
             return True
         try:
-            return self.attach(LOOPBACK, Direction.INGRESS, program_fd, "probe")
+            return bool(self.attach(LOOPBACK, Direction.INGRESS, program_fd, "probe"))
         except NetlinkError:
             return False
         finally:

@@ -100,6 +100,10 @@ class AttachmentPlan:
         """Names of the interfaces through which nothing for 127.0.0.0/8 leaves this machine."""
         return self._names(Role.HOST_LOOPBACK)
 
+    def name_of(self, index: int) -> str:
+        """Of an interface of the plan."""
+        return next(entry.interface.name for entry in self.roles if entry.interface.index == index)
+
     def _names(self, *roles: Role) -> frozenset[str]:
         return frozenset(entry.interface.name for entry in self.roles if entry.role in roles)
 

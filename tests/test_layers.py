@@ -20,13 +20,14 @@ CORE = {
 }
 SHELL = {
     *("bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver", "state"),
-    *("audit", "conntrack", "containers", "nflog", "responder", "authority", "packet_socket", "notify"),
+    *("audit", "conntrack", "containers", "nflog", "responder", "authority", "packet_socket", "notify", "nft_events"),
 }
 TOP = {
     "daemon",
     "baseline",
     "enforcement",
     "auditing",
+    "drift",
     "guarding",
     "without_bpf",
     "doctor",
