@@ -187,6 +187,11 @@ class Enforcer:
         self.send(number)
         return self._daemon.wait(20)
 
+    def lay_baseline(self, text: str) -> str:
+        """`registry-enforcer baseline` with a policy, as early boot does."""
+        self._write_policy(text)
+        return self.command("baseline", "--policy", str(self._policy_file))
+
     def remove(self) -> str:
         """`registry-enforcer remove`; the value is what it printed."""
         return self.command("remove", *self._places)
