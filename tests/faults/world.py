@@ -24,13 +24,20 @@ from tests.lab.lab import Agent, Lab, poll
 
 SOON_SECONDS = 5.0  # within which everything allowed is reached again
 CONNECT_SECONDS = 3.0
+_IN_FORCE = "is in force, mode"
 _OUTSIDE = """
 table inet outside {
     counter unlisted { }
+    counter stray { }
     chain prerouting {
         type filter hook prerouting priority -300;
-        iifname "to-host" ip daddr 198.18.66.0/24 counter name unlisted
-        iifname "to-host" ip6 daddr 2001:2:0:66::/64 counter name unlisted
+        iifname "to-host" ip daddr 198.18.66.0/24 goto count
+        iifname "to-host" ip6 daddr 2001:2:0:66::/64 goto count
+    }
+    chain count {
+        tcp flags & (syn | ack) == syn counter name unlisted return
+        meta l4proto != tcp counter name unlisted return
+        counter name stray
     }
 }
 """
@@ -55,6 +62,14 @@ class OrderedEnforcer(Enforcer):
         self.send(signal.SIGUSR1)
         poll("orders to be heeded", lambda: not (self.directory / "orders").exists())
 
+    def change(self, text: str) -> bool:
+        """SIGHUP with a new policy file; whether the daemon lived to say that it is in force."""
+        self._write_policy(text)
+        before = self.log.count(_IN_FORCE)
+        self.send(signal.SIGHUP)
+        poll("a reload", lambda: self.log.count(_IN_FORCE) > before or not self.running)
+        return self.log.count(_IN_FORCE) > before
+
     @property
     def steps(self) -> list[str]:
         """What it has done since its orders."""
@@ -67,6 +82,7 @@ class Probes:
 
     verdicts: dict[str, int] = field(default_factory=dict)
     slowest: float = 0.0
+    odd: list[object] = field(default_factory=list)  # some that were neither reached nor refused
 
     @property
     def tried(self) -> int:
@@ -119,6 +135,7 @@ class World:
                 for verdict, count in stopped["verdicts"].items():
                     probes.verdicts[verdict] = probes.verdicts.get(verdict, 0) + count
                 probes.slowest = max(probes.slowest, stopped["slowest"])
+                probes.odd += stopped["odd"]
         assert probes.verdicts.keys() <= {"refused", *told}, probes
         assert probes.tried > 0, probes
         assert self.packets_outside() == before
