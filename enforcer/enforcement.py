@@ -1196,12 +1196,13 @@ class Enforcement:
         if lost.keys() != before.keys():
             self._redirects_lost = lost
             return
-        if any(lost[way] > before[way] for way in self._redirected):
+        watched = self._redirected & lost.keys()  # without the table, none
+        if any(lost[way] > before[way] for way in watched):
             # A packet may have come between the readings of its two counters; what was dropped stays so.
             again = self._count_redirects_lost()
-            lost = {way: min(lost[way], again[way]) for way in lost}
+            lost = {way: min(lost[way], again.get(way, lost[way])) for way in lost}
         self._redirects_lost = {way: max(lost[way], before[way]) for way in lost}
-        dropped = {way for way in self._redirected if lost[way] > before[way]}
+        dropped = {way for way in watched if lost[way] > before[way]}
         if not dropped:
             return
         self._redirected -= dropped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
@@ -32,3 +32,13 @@ def world(session_world: World) -> World:
 def numbers(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """What the line of a survived fault says after its name."""
     return lambda text: record_property("numbers", text)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What the daemon said, beside the test that failed."""
+    report = yield
+    world = getattr(item, "funcargs", {}).get("session_world")
+    if report.failed and world is not None:
+        report.sections.append(("the enforcer's log", world.enforcer.log[-4000:]))
+    return report
