@@ -1088,7 +1088,7 @@ class Enforcement:
         if self._responder is None:
             return
         before, lost = self._redirects_lost, self._count_redirects_lost()
-        if lost.keys() != before.keys():
+        if not lost.keys() == before.keys() == set(ruleset.Redirected):
             self._redirects_lost = lost
             return
         if any(lost[way] > before[way] for way in self._redirected):

@@ -36,6 +36,9 @@ _UNLISTED = ("198.18.66.", "2001:2:0:66:")
 _HOST_OF_PORT = {5000: "plain.allowed.test", 8443: "alt.allowed.test"}
 
 
+_UNANSWERED = "connected, and no answer"
+
+
 def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | None = None) -> Reply:
     """One TCP connection of a socket that sets its own mark first, and a request to see who is at its other end.
 
@@ -54,8 +57,11 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
             seconds = time.monotonic() - started
             if host is None and not address.startswith(_UNLISTED):
                 host = _HOST_OF_PORT.get(port, "registry.allowed.test")
-            if _denied(connection, host):
+            answer = _reply_to(connection, host)
+            if answer.startswith(b"HTTP/1.1 403 "):  # the enforcer's: servers of TLS and of anything else say no 403
                 verdict, message = "refused", "403 Forbidden"
+            else:
+                message = answer[:64].decode("ascii", "replace") or _UNANSWERED
         except TimeoutError:
             verdict, message = "timed out", "no answer to the SYN"
         except OSError as error:
@@ -66,15 +72,15 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
     return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark}
 
 
-def _denied(connection: socket.socket, host: str | None) -> bool:
-    """Whether the enforcer's responder has taken this connection; servers of TLS and of anything else say no 403."""
+def _reply_to(connection: socket.socket, host: str | None) -> bytes:
+    """What whoever has taken this connection says to a request; nothing if that is nothing in time."""
     connection.settimeout(_ANSWER_SECONDS)
     field = "" if host is None else f"Host: {host}\r\n"
     connection.sendall(f"GET / HTTP/1.0\r\n{field}\r\n".encode())
     try:
-        return connection.recv(4096).startswith(b"HTTP/1.1 403 ")
+        return connection.recv(4096)
     except TimeoutError:
-        return False
+        return b""
 
 
 def resolve(name: str, family: int = 0) -> list[str]:
@@ -320,7 +326,9 @@ class _Prober:
     def run(self) -> None:
         while not self.stopping.wait(0.005):
             reply = attempt(*self.target)
-            self.verdicts[reply["verdict"]] = self.verdicts.get(reply["verdict"], 0) + 1
+            # Who is told no loses the responder when the rules that led there go; that is not to have got out.
+            verdict = "unanswered" if reply["message"] == _UNANSWERED else reply["verdict"]
+            self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
             self.slowest = max(self.slowest, reply["seconds"])
 
     def stop(self) -> Reply:
