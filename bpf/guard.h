@@ -620,11 +620,11 @@ INLINE int ends_head(struct __sk_buff *skb, struct scratch *s)
 
 /* --- packets ----------------------------------------------------------------------------------------------------- */
 
-/* The level of a packet's scope, by what its sender cannot forge; of several witnesses the strictest is believed. */
-INLINE __u32 level_of(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
+/* Finds the scope of a packet, and its level, by what its sender cannot forge; of several witnesses the strictest is
+ * believed. */
+INLINE void find_scope(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
-	__u32 scope = SCOPE_CONTAINER, *level, *known, found, i;
-	__u64 cgroup;
+	__u32 scope = SCOPE_CONTAINER, *level, *known, i;
 
 	if (!s->stranger && !skb->ingress_ifindex) {
 		if (s->uplink.link_bytes != ETH_HLEN)
@@ -634,28 +634,31 @@ INLINE __u32 level_of(struct __sk_buff *skb, struct scratch *s, struct settings 
 	}
 	s->scope = scope;
 	level = find_level(&s->scope);
-	found = level ? *level : JUDGED_NONE;
+	s->level = level ? *level : JUDGED_NONE;
+	FORGET();
 	if (s->scope == SCOPE_CONTAINER)
-		return found;
-	scope = SCOPE_UNSTAMPED;
+		return;
+	s->cgroup_scope = SCOPE_UNSTAMPED;
 #pragma clang loop unroll(disable)
 	for (i = 1; i <= MAX_CGROUP_LEVELS; i++) {
-		cgroup = bpf_skb_ancestor_cgroup_id(skb, i);
-		if (!cgroup)
+		s->cgroup = bpf_skb_ancestor_cgroup_id(skb, i);
+		FORGET();
+		if (!s->cgroup)
 			break;
-		known = find_cgroup(&cgroup);
+		known = find_cgroup(&s->cgroup);
 		if (known)
-			scope = *known;
+			s->cgroup_scope = *known;
+		FORGET();
 	}
-	if (scope == SCOPE_UNSTAMPED)
-		return found;
-	scope &= SCOPES - 1;
-	level = find_level(&scope);
-	if (level && *level > found) {
-		s->scope = scope;
-		found = *level;
+	FORGET();
+	if (s->cgroup_scope == SCOPE_UNSTAMPED)
+		return;
+	level = find_level(&s->cgroup_scope);
+	if (level && *level > s->level) {
+		s->scope = s->cgroup_scope;
+		s->level = *level;
 	}
-	return found;
+	FORGET();
 }
 
 INLINE void set_listed_key(struct scratch *s)
@@ -693,15 +696,15 @@ INLINE int may_hide_one(struct __sk_buff *skb, struct scratch *s)
 }
 
 /* Whether connections of this level to this port need permission. */
-INLINE int is_judged(__u32 level, struct packet *packet)
+INLINE int is_judged(struct scratch *s)
 {
-	__u32 port = packet->destination_port;
+	__u64 port = s->packet.destination_port;
 
-	if (level < JUDGED_REGISTRY)
+	if (s->level < JUDGED_REGISTRY)
 		return 0;
-	if (level == JUDGED_EVERY && packet->protocol == IPPROTO_TCP)
+	if (s->level == JUDGED_EVERY && s->packet.protocol == IPPROTO_TCP)
 		return port != DNS_PORT;
-	return find_registry_port(&port) != 0;
+	return find_registry_port(KEY_32(&port)) != 0;
 }
 
 INLINE __u32 folded(__u64 sum)
@@ -719,7 +722,7 @@ INLINE int write_segment(struct __sk_buff *skb, struct scratch *s, struct answer
 {
 	__u64 length = TCP_HEADER_BYTES, network = s->uplink.link_bytes, transport = s->transport, bytes = 0;
 	__u64 pseudo, whole;
-	__u16 old_length, new_length;
+	__u64 old_length = 0, new_length;
 
 	if (body) {
 		bytes = body->length;
@@ -822,9 +825,9 @@ INLINE void report(struct __sk_buff *skb, struct scratch *s, const __u8 *name, _
 }
 
 /* Ends a connection whose name is wrong: says so to the client in its own protocol, and resets the server. */
-INLINE int end_connection(struct __sk_buff *skb, struct scratch *s, __u32 expected, __u32 number)
+INLINE int end_connection(struct __sk_buff *skb, struct scratch *s, __u32 expected, __u64 number)
 {
-	struct answer *answer = find_answer(&number);
+	struct answer *answer = find_answer(KEY_32(&number));
 	__u32 after = s->sequence + s->payload_bytes + s->finished;
 
 	if (!answer_client(skb, s, s->acknowledged, after, TCP_FIN | TCP_PSH | TCP_ACK, answer))
@@ -861,14 +864,13 @@ INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *
 {
 	struct learned_value *learned = find_learned(&s->learned_key);
 	__u64 now = now_ns(), mode = GUARD_NAME, permitted = 0;
-	__u32 level;
 	__u8 *listed;
 
 	set_listed_key(s);
 	listed = find_listed(&s->listed_key);
 	if (listed && *listed != LISTED_PROXY)
 		return TC_ACT_UNSPEC;
-	level = level_of(skb, s, settings);
+	find_scope(skb, s, settings);
 	if (s->packet.protocol == IPPROTO_TCP) {
 		if (listed) {
 			mode = GUARD_PROXY;
@@ -883,7 +885,7 @@ INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *
 			permitted = 1; /* the gate looked a moment ago */
 		}
 		if (permitted) {
-			if (level < JUDGED_REGISTRY || (mode == GUARD_NAME && !is_judged(level, &s->packet)))
+			if (s->level < JUDGED_REGISTRY || (mode == GUARD_NAME && !is_judged(s)))
 				return TC_ACT_UNSPEC;
 			if (s->payload_bytes)
 				return TC_ACT_SHOT; /* sent again without, if the kernel sends it */
@@ -891,7 +893,7 @@ INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *
 				return TC_ACT_UNSPEC;
 		}
 	}
-	if (!is_judged(level, &s->packet))
+	if (!is_judged(s))
 		return TC_ACT_UNSPEC;
 	if (settings->observing)
 		return TC_ACT_UNSPEC; /* nftables has counted it, or never saw it */
@@ -923,7 +925,7 @@ INLINE int looks_like_one(struct __sk_buff *skb, struct scratch *s)
 INLINE const __u8 *read_on(struct __sk_buff *skb, struct scratch *s)
 {
 	struct hello *hello;
-	__u8 first = 0;
+	__u64 first = 0;
 
 	s->verdict = GUARD_PASSED;
 	s->name_length = 0;
@@ -977,9 +979,10 @@ INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settin
 	struct flow *flow = find_flow(&s->flow_key);
 	struct learned_value *learned;
 	const __u8 *name = s->name;
-	__u32 level, expected, answer = ANSWER_HTTP;
+	__u32 expected, answer = ANSWER_HTTP;
 	__s32 ahead;
-	__u8 *listed, first = 0;
+	__u64 first = 0;
+	__u8 *listed;
 
 	s->position = s->transport + s->header_bytes;
 	s->payload_left = s->payload_bytes;
@@ -997,11 +1000,11 @@ INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settin
 		FORGET();
 		if (!s->permitted && (!settings->recognising || !looks_like_one(skb, s)))
 			return TC_ACT_UNSPEC;
-		level = level_of(skb, s, settings);
-		s->unknown = s->permitted && (listed ? level >= JUDGED_REGISTRY : is_judged(level, &s->packet));
+		find_scope(skb, s, settings);
+		s->unknown = s->permitted && (listed ? s->level >= JUDGED_REGISTRY : is_judged(s));
 		/* What nothing permits has been looked at already. */
-		if (!s->unknown &&
-		    (level != JUDGED_RECOGNISED || !settings->recognising || (s->permitted && !looks_like_one(skb, s))))
+		if (!s->unknown && (s->level != JUDGED_RECOGNISED || !settings->recognising ||
+				    (s->permitted && !looks_like_one(skb, s))))
 			return TC_ACT_UNSPEC;
 		begin_flow(s, s->unknown ? GUARD_NAME : GUARD_RECOGNISE, s->sequence);
 	} else {
@@ -1054,7 +1057,7 @@ INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settin
 	}
 	if (name != s->name)
 		answer = ANSWER_TLS;
-	level_of(skb, s, settings); /* whose it is */
+	find_scope(skb, s, settings);
 	report(skb, s, name, s->name_length);
 	s->flow.state = settings->observing ? FLOW_ALLOWED : FLOW_ENDED;
 	remember_flow(&s->flow_key, &s->flow);
@@ -1067,8 +1070,8 @@ INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settin
 
 INLINE int guard_packet(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
-	__u32 interface = skb->ifindex;
-	struct uplink *uplink = find_uplink(&interface);
+	__u64 interface = skb->ifindex;
+	struct uplink *uplink = find_uplink(KEY_32(&interface));
 	__u64 end;
 
 	if (!uplink)
@@ -1085,9 +1088,9 @@ INLINE int guard_packet(struct __sk_buff *skb, struct scratch *s, struct setting
 	s->learned_key.port = s->packet.destination_port;
 	s->learned_key.padding = 0;
 	if (s->packet.protocol == IPPROTO_UDP) {
-		__u32 port = s->packet.destination_port;
+		__u64 port = s->packet.destination_port;
 
-		return find_registry_port(&port) ? guard_new(skb, s, settings) : TC_ACT_UNSPEC;
+		return find_registry_port(KEY_32(&port)) ? guard_new(skb, s, settings) : TC_ACT_UNSPEC;
 	}
 	s->header_bytes = (s->packet.transport[12] >> 4) * 4;
 	s->transport = s->uplink.link_bytes + s->packet.payload - s->header_bytes;

@@ -93,7 +93,7 @@ INLINE int is_refused(struct learned_key *to, __u32 scope, __u32 protocol, struc
 /* Exchanges two fields of the packet; a sum over both stays what it is. */
 INLINE int exchange_32(struct __sk_buff *skb, __u32 one, __u32 other)
 {
-	__u32 a, b;
+	__u64 a = 0, b = 0;
 
 	return !bpf_skb_load_bytes(skb, one, &a, 4) && !bpf_skb_load_bytes(skb, other, &b, 4) &&
 	       !bpf_skb_store_bytes(skb, one, &b, 4, STORE_FLAGS) &&
@@ -102,7 +102,7 @@ INLINE int exchange_32(struct __sk_buff *skb, __u32 one, __u32 other)
 
 INLINE int exchange_16(struct __sk_buff *skb, __u32 one, __u32 other)
 {
-	__u16 a, b;
+	__u64 a = 0, b = 0;
 
 	return !bpf_skb_load_bytes(skb, one, &a, 2) && !bpf_skb_load_bytes(skb, other, &b, 2) &&
 	       !bpf_skb_store_bytes(skb, one, &b, 2, STORE_FLAGS) &&

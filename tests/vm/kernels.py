@@ -125,7 +125,7 @@ KERNELS = (
         },
         expected=Expected(
             memlock=True,
-            programs_missing=_HOOKS_MISSING | {"guard": "its verifier does not follow it; doctor says what that costs"},
+            programs_missing=_HOOKS_MISSING,
             failing={
                 "kernel/test_connect.py::*": "skipped: no connect hook",
                 "kernel/test_noted_connects.py::*": "skipped: no connect hook",
