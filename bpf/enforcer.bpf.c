@@ -99,6 +99,8 @@ INLINE int send_ending(void *context, void *event, __u32 size) { return bpf_ring
 #include "judge.h"
 #include "gate.h"
 #include "dns.h"
+#include "hello.h"
+#include "head.h"
 #include "guard.h"
 #ifdef LEGACY_KERNEL
 #include "legacy.h"
