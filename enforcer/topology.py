@@ -25,6 +25,7 @@ from enforcer.policy import Address, Network
 
 # rtnl_link_ops.kind of devices whose other end is this host: a peer in one of its namespaces, or nothing at all.
 _INTERNAL_KINDS = frozenset({"veth", "netkit", "dummy"})
+_PAIRS = frozenset({"veth", "netkit"})
 # Behind a tap that is a bridge's port sits a virtual machine of this host. A tap on its own may be a VPN.
 _INTERNAL_PORT_KINDS = _INTERNAL_KINDS | {"tun"}
 # 0.0.0.0/1 and 128.0.0.0/1 are how VPNs spell a default route without replacing the one that is there.
@@ -181,6 +182,13 @@ def _uplinks(by_index: Mapping[int, Interface], routes: Iterable[Route]) -> dict
             leads_out.setdefault(route.interface, f"route to {route.destination}")
         elif route.gateway is not None:
             leads_out.setdefault(route.interface, f"route to {route.destination} via {route.gateway}")
+
+    if not leads_out:
+        # A system in a container boots with one end of a pair as its way out, which looks like a way in until there is
+        # a route. Where nothing leads out, that one may.
+        for index, interface in by_index.items():
+            if interface.kind in _PAIRS and interface.peer not in by_index and not _is_port(interface, by_index):
+                leads_out[index] = f"{interface.kind}, and no way out is known"
 
     # A bridge leads where any of its ports leads, a port where its bridge leads, one end of a veth pair where the
     # other end leads when both are here. Each round adds at least one interface, so this ends.
