@@ -245,24 +245,6 @@ INLINE int write_segment(struct __sk_buff *skb, struct scratch *s, struct answer
 	return 1;
 }
 
-/* Exchanges source and destination of link and network; the ports are the segment's. */
-INLINE int turn_round(struct __sk_buff *skb, struct scratch *s)
-{
-	__u64 network = s->uplink.link_bytes;
-	int i;
-
-	if (network)
-		for (i = 0; i < ETH_ALEN; i += 2)
-			if (!exchange_16(skb, i, ETH_ALEN + i))
-				return 0;
-	if (skb->protocol == NETWORK_16(ETH_P_IP))
-		return exchange_32(skb, network + IPV4_ADDRESSES, network + IPV4_ADDRESSES + 4);
-	for (i = 0; i < 16; i += 4)
-		if (!exchange_32(skb, network + IPV6_ADDRESSES + i, network + IPV6_ADDRESSES + 16 + i))
-			return 0;
-	return 1;
-}
-
 INLINE void make_segment(struct scratch *s, __u64 from, __u64 to, __u32 sequence, __u32 acknowledged, __u64 flags)
 {
 	*(__u16 *)s->segment = NETWORK_16((__u16)from);
@@ -280,7 +262,7 @@ INLINE int answer_client(struct __sk_buff *skb, struct scratch *s, __u32 sequenc
 			 struct answer *body)
 {
 	make_segment(s, s->packet.destination_port, s->packet.source_port, sequence, acknowledged, flags);
-	return write_segment(skb, s, body) && turn_round(skb, s) &&
+	return write_segment(skb, s, body) && turn_round(skb, s->uplink.link_bytes) &&
 	       !bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
 }
 
@@ -316,7 +298,7 @@ INLINE int end_connection(struct __sk_buff *skb, struct scratch *s, __u32 expect
 
 	if (!answer_client(skb, s, s->acknowledged, after, TCP_FIN | TCP_PSH | TCP_ACK, answer))
 		return TC_ACT_SHOT;
-	if (!turn_round(skb, s))
+	if (!turn_round(skb, s->uplink.link_bytes))
 		return TC_ACT_SHOT;
 	make_segment(s, s->packet.source_port, s->packet.destination_port, expected, 0, TCP_RST);
 	return write_segment(skb, s, 0) ? TC_ACT_UNSPEC : TC_ACT_SHOT;
