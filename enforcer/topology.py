@@ -16,6 +16,7 @@ everybody.
 from __future__ import annotations
 
 import enum
+import functools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class InterfaceRole:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: own_addresses is kept
 class AttachmentPlan:
     """Where the programs belong, and what the ruleset treats as internal."""
 
@@ -90,6 +91,11 @@ class AttachmentPlan:
     def uplinks(self) -> tuple[Interface, ...]:
         """What leaves this host leaves through one of these."""
         return tuple(entry.interface for entry in self.roles if entry.role is Role.UPLINK)
+
+    @functools.cached_property
+    def own_addresses(self) -> frozenset[Address]:
+        """Of this host, on whatever interface."""
+        return frozenset(address.ip for entry in self.roles for address in entry.interface.addresses)
 
     @property
     def internal(self) -> frozenset[str]:
