@@ -36,13 +36,13 @@ _UNLISTED = ("198.18.66.", "2001:2:0:66:")
 _HOST_OF_PORT = {5000: "plain.allowed.test", 8443: "alt.allowed.test"}
 
 
-def attempt(
-    address: str, port: int, timeout: float, mark: int = 0, host: str | None = None, answered: bool = False
-) -> Reply:
+_UNANSWERED = "connected, and no answer"
+
+
+def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | None = None) -> Reply:
     """One TCP connection of a socket that sets its own mark first, and a request to see who is at its other end.
 
-    The request is for `host`; None: for a registry that the lab's policy allows on this port. `answered`: only whose
-    request has been answered has reached anybody; a listener accepts connections for a program that hangs, too.
+    The request is for `host`; None: for a registry that the lab's policy allows on this port.
     Reply: verdict (reached, refused, timed out, error), seconds, address, message, and the socket's mark then.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -57,32 +57,30 @@ def attempt(
             seconds = time.monotonic() - started
             if host is None and not address.startswith(_UNLISTED):
                 host = _HOST_OF_PORT.get(port, "registry.allowed.test")
-            answer = _first_words(connection, host)
-            if answer is not None and answer.startswith(b"HTTP/1.1 403 "):
+            answer = _reply_to(connection, host)
+            if answer.startswith(b"HTTP/1.1 403 "):  # the enforcer's: servers of TLS and of anything else say no 403
                 verdict, message = "refused", "403 Forbidden"
-            elif answered and not answer:
-                verdict = "timed out" if answer is None else "refused"
-                message = "connected, and told nothing"
+            else:
+                message = answer[:64].decode("ascii", "replace") or _UNANSWERED
         except TimeoutError:
             verdict, message = "timed out", "no answer to the SYN"
         except OSError as error:
-            hung_up = answered and error.errno == errno.EPIPE
-            verdict = "refused" if error.errno in _REFUSED or hung_up else "error"
+            verdict = "refused" if error.errno in _REFUSED else "error"
             message = error.strerror or str(error)
         seconds = seconds or time.monotonic() - started
         mark = connection.getsockopt(socket.SOL_SOCKET, socket.SO_MARK)
     return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark}
 
 
-def _first_words(connection: socket.socket, host: str | None) -> bytes | None:
-    """What is at the other end, by its first words: servers of TLS and of anything else say no 403. None: silence."""
+def _reply_to(connection: socket.socket, host: str | None) -> bytes:
+    """What whoever has taken this connection says to a request; nothing if that is nothing in time."""
     connection.settimeout(_ANSWER_SECONDS)
     field = "" if host is None else f"Host: {host}\r\n"
     connection.sendall(f"GET / HTTP/1.0\r\n{field}\r\n".encode())
     try:
         return connection.recv(4096)
     except TimeoutError:
-        return None
+        return b""
 
 
 def resolve(name: str, family: int = 0) -> list[str]:
@@ -342,10 +340,13 @@ class _Prober:
 
     def run(self) -> None:
         while not self.stopping.wait(0.005):
-            reply = attempt(*self.target, answered=True)
-            self.verdicts[reply["verdict"]] = self.verdicts.get(reply["verdict"], 0) + 1
+            reply = attempt(*self.target)
+            # Who is told no loses the responder when the rules that led there go; that is not to have got out.
+            told_nothing = reply["message"] in (_UNANSWERED, os.strerror(errno.EPIPE))
+            verdict = "unanswered" if told_nothing else reply["verdict"]
+            self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
             self.slowest = max(self.slowest, reply["seconds"])
-            if reply["verdict"] not in ("reached", "refused") and len(self.odd) < 3:
+            if verdict not in ("reached", "refused") and len(self.odd) < 3:
                 self.odd.append({**reply, "at": time.time()})
 
     def stop(self) -> Reply:
