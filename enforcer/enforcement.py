@@ -847,8 +847,8 @@ class Enforcement:
         with self._links.changes() as changes:
             async for changed in changes:
                 if netlink.Change.LOST in changed:
-                    self.faults.met(Fault.NOTICES, "links, addresses and routes are all read anew")
-                    self.faults.over(Fault.NOTICES)
+                    self.faults.met(Fault.LINK_EVENTS, "all of them are read anew")
+                    self.faults.over(Fault.LINK_EVENTS)
                 self.surviving(self.fit_interfaces)(changed)
 
     def follow_resolvers(self, *, at_once: bool = False) -> None:
@@ -1097,8 +1097,8 @@ class Enforcement:
     def suspect_table(self) -> None:
         """Events of nftables were lost: somebody may have changed the table."""
         self._table_uncertain = True
-        self.faults.met(Fault.NOTICES, "the nftables table is written anew")
-        self.faults.over(Fault.NOTICES)
+        self.faults.met(Fault.TABLE_EVENTS, "the table is written anew")
+        self.faults.over(Fault.TABLE_EVENTS)
 
     def restore_table(self, detail: str = "its rules or elements") -> None:
         """Somebody else has changed the table, or taken it away: write it whole, with everything that is held."""

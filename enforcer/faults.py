@@ -19,7 +19,8 @@ PATIENCE_SECONDS = 60.0  # with a kernel that refuses every second
 _SAID = {
     Fault.NFTABLES: "the kernel refused a change of the nftables table",
     Fault.KERNEL: "the kernel refused what it takes otherwise",
-    Fault.NOTICES: "more has changed than the kernel keeps for us",
+    Fault.LINK_EVENTS: "more links, addresses or routes have changed than the kernel keeps for us",
+    Fault.TABLE_EVENTS: "more of nftables has changed than the kernel keeps for us",
     Fault.STATE: "what is learned would be lost in a reboot",
     Fault.CLIENTS: "a client cannot be let in",
 }
@@ -31,6 +32,7 @@ class Faults:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._since: dict[Fault, float] = {}
+        self._open: set[Fault] = set()  # said, and not yet that it is over
         self._said_at: dict[Fault, float] = {}
 
     def met(self, what: Fault, detail: object) -> None:
@@ -39,6 +41,7 @@ class Faults:
         now = time.monotonic()
         if what not in self._since and now >= self._said_at.get(what, now - FOLD_SECONDS) + FOLD_SECONDS:
             self._said_at[what] = now
+            self._open.add(what)
             log.warning("%s: %s", _SAID[what], detail)
         self._since.setdefault(what, now)
 
@@ -48,5 +51,8 @@ class Faults:
 
     def over(self, what: Fault) -> None:
         """It is over, if it was there at all."""
-        if self._since.pop(what, None) is not None and what is not Fault.NOTICES:
-            log.info("%s: that is over", _SAID[what])
+        self._since.pop(what, None)
+        if what in self._open:
+            self._open.discard(what)
+            if what not in (Fault.LINK_EVENTS, Fault.TABLE_EVENTS):  # which are over at once
+                log.info("%s: that is over", _SAID[what])

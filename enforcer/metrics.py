@@ -47,7 +47,8 @@ class Fault(enum.Enum):
 
     NFTABLES = "nftables"  # a transaction
     KERNEL = "kernel"  # any other request: BPF, netlink, a descriptor, a file of /proc or /sys
-    NOTICES = "notices"  # events of links or of nftables: lost, and everything read anew
+    LINK_EVENTS = "link-events"  # lost, and everything is read anew
+    TABLE_EVENTS = "table-events"  # the same of nftables
     STATE = "state"  # the state file
     CLIENTS = "clients"  # a connection to the metrics or the control socket
 
