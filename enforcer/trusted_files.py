@@ -85,11 +85,16 @@ def replace(path: Path, data: Iterable[bytes], *, make: bool = False) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new, dir_fd=parent)  # of somebody who was killed
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(new, flags, 0o600, dir_fd=parent), "wb") as file:
-            file.writelines(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path.name, src_dir_fd=parent, dst_dir_fd=parent)
+        try:
+            with os.fdopen(os.open(new, flags, 0o600, dir_fd=parent), "wb") as file:
+                file.writelines(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path.name, src_dir_fd=parent, dst_dir_fd=parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(new, dir_fd=parent)  # half a file on a full disk is in everybody's way
+            raise
 
 
 def append(path: Path, mode: int) -> int:

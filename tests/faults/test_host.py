@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from enforcer import state
+from enforcer import control, state
 from tests.faults.injected import Orders
 from tests.faults.world import SOON_SECONDS, World, mount_small
 from tests.lab import odd_resolver
@@ -70,6 +70,7 @@ def test_out_of_memory(world: World, numbers: Numbers) -> None:
         world.start()
         world.reached()
         world.learns()
+    world.afresh()
     numbers(f"killed by the kernel, {probes.tried} attempts refused")
 
 
@@ -78,7 +79,7 @@ def test_out_of_address_space(world: World, numbers: Numbers) -> None:
     """An exception like any other: the daemon ends, and says why."""
     size = int(Path(f"/proc/{world.enforcer.pid}/statm").read_text().split()[0]) * resource.getpagesize()
     with world.nothing_gets_out() as probes:
-        resource.prlimit(world.enforcer.pid, resource.RLIMIT_AS, (size + _MEBIBYTE, size + _MEBIBYTE))
+        resource.prlimit(world.enforcer.pid, resource.RLIMIT_AS, (size, size))
         _want_memory(world)
         poll("the end of the daemon", lambda: not world.enforcer.running)
         world.refused()
@@ -86,6 +87,7 @@ def test_out_of_address_space(world: World, numbers: Numbers) -> None:
         world.learns()
         world.start()
         world.learns()
+    world.afresh()
     numbers(f"ended and started again, {probes.tried} attempts refused")
 
 
@@ -104,13 +106,13 @@ def _no_descriptors(world: World) -> Iterator[None]:
 @pytest.mark.fault("no descriptors for 10 s, and clients that want some")
 def test_descriptors_run_out(world: World, numbers: Numbers) -> None:
     learned: list[str] = []
-    control = str(world.lab.directory / "run" / "host" / "control.sock")
+    place = str(world.lab.directory / "run" / "host" / "control.sock")
     with world.nothing_gets_out("timed out") as probes, contextlib.ExitStack() as stack:
         with _no_descriptors(world):
             started = time.monotonic()
             for _ in range(40):
                 asking = stack.enter_context(socket.socket(socket.AF_UNIX))
-                asking.connect(control)
+                asking.connect(place)
             world.lab.host.call("hold", key="metrics", name="127.0.0.1", port=METRICS_PORT)
             world.lab.set_resolvers(RESOLVER, "198.18.0.54")
             world.lab.ip("host", "link add late0 type bridge", "addr add 10.98.0.1/24 dev late0", "link set late0 up")
@@ -124,7 +126,9 @@ def test_descriptors_run_out(world: World, numbers: Numbers) -> None:
         resumed = time.monotonic()
         assert world.enforcer.running, world.enforcer.log
         wanted = {(address, 443) for address in learned}
-        poll("an answer", lambda: _answers(world), SOON_SECONDS)
+        world.reached(*learned)
+        # Who asked meanwhile, and says nothing, has five seconds for it.
+        poll("an answer", lambda: _answers(world), control.REQUEST_DEADLINE_SECONDS + SOON_SECONDS)
         poll("what was learned", lambda: wanted <= world.enforcer.permitted(), SOON_SECONDS)
         took = time.monotonic() - resumed
         poll("the resolvers", lambda: "198.18.0.54" in world.enforcer.status()["resolvers"], SOON_SECONDS)
@@ -160,7 +164,7 @@ def test_disk_takes_nothing(world: World, numbers: Numbers, how: str) -> None:
     where = world.lab.directory / "small"
     places = where / "state", where / "audit"
     for place in places:
-        mount_small(world, place, "256k")
+        mount_small(world, place, "1m")
     world.enforcer.stop()
     world.enforcer.state_dir, before = places[0], world.enforcer.state_dir
     audit = f'\n[audit]\nfile = "{places[1]}/audit.jsonl"\n'
@@ -170,11 +174,15 @@ def test_disk_takes_nothing(world: World, numbers: Numbers, how: str) -> None:
         world.refused()
         poll("the audit file", lambda: _lines(world, places[1] / "audit.jsonl"))
         with world.nothing_gets_out() as probes:
+            if how == "read-only":  # by remounting, only what nobody writes to becomes that
+                world.enforcer.stop(signal.SIGKILL)
             for place in places:
                 if how == "full":
                     world.lab.run("host", ["dd", "if=/dev/zero", f"of={place}/filler", "bs=4k"])
                 else:
                     world.run("host", "mount", "-o", "remount,ro", str(place))
+            if how == "read-only":
+                world.start(policy(more=audit), Orders(save_seconds=0.5))
             poll("the state's fault", lambda: world.faults("state") > 3, FOUND_SECONDS)
             dropped = world.enforcer.total("enforcer_audit_dropped_total", where="output")
             world.lab.ct.attempt("198.18.66.70", 443)
@@ -278,7 +286,7 @@ def test_resolver_is_silent(world: World, numbers: Numbers) -> None:
             reloaded = time.monotonic()
             assert world.enforcer.reload(policy()) == "ok"
             assert world.enforcer.reload(policy(more=many)) == "ok"
-            assert time.monotonic() - reloaded < 3
+            assert time.monotonic() - reloaded < 5
             asked, began = _questions(world), time.monotonic()
             time.sleep(5)
             rate = (_questions(world) - asked) / (time.monotonic() - began)

@@ -92,10 +92,7 @@ def test_hung_daemon(world: World, numbers: Numbers) -> None:
 def test_ring_overflows(world: World, numbers: Numbers) -> None:
     assert LearnedAddresses().per_holder > FLOODED_NAMES
     numbers(fill_ring(world, FLOODED_NAMES))
-    # A new daemon, and a memory without them, for those that follow.
-    world.enforcer.stop()
-    world.enforcer.remove()
-    world.start()
+    world.afresh()  # without them, for those that follow
 
 
 @pytest.mark.fault("rtnetlink overflows (ENOBUFS)")

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from enforcer import state
 from tests.faults import injected
 from tests.faults.injected import Orders
 from tests.lab.bench import FreshNames
@@ -199,6 +200,14 @@ class World:
         for client in self.clients:
             outcome = client.connect("registry.allowed.test")
             assert outcome.reached, outcome
+
+    def afresh(self) -> None:
+        """A daemon, a kernel and a state file that know nothing of what was."""
+        if self.enforcer.running:
+            self.enforcer.stop(signal.SIGKILL)
+        self.enforcer.remove()
+        (self.enforcer.state_dir / state.FILE_NAME).unlink(missing_ok=True)
+        self.start()
 
     def faults(self, what: str) -> float:
         """How many of a kind were counted by the daemon that runs."""
