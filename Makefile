@@ -14,7 +14,7 @@ BPF_FLAGS := -target bpf -mcpu=v2 -O2 -g -Wall -Werror
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 BPF_OBJECTS := build/enforcer.bpf.o build/enforcer-legacy.bpf.o
 
-.PHONY: help setup setup-run setup-install setup-booted bpf run install uninstall deb test kernels booted attack demo bench fuzz lint
+.PHONY: help setup setup-run setup-install setup-booted bpf run install uninstall deb test kernels booted faults attack demo bench fuzz lint
 .PHONY: wheel fresh clean
 
 help: ## list the targets
@@ -56,6 +56,9 @@ kernels: setup ## boot every kernel that must hold under qemu and print a table;
 
 booted: setup-booted ## install the Debian package on a Debian that systemd boots, and do to it what hosts go through (root)
 	@$(HERE) .venv/bin/python -m pytest tests/booted $(PYTEST_ARGS)
+
+faults: setup ## kill, starve, hang and flood the daemon and what it lives on, one line each: survived, with numbers (root, minutes)
+	@$(HERE) .venv/bin/python -m tests.faults $(PYTEST_ARGS)
 
 attack: setup ## try every known way around, one line each: refused, or out of scope and why (root)
 	@$(HERE) .venv/bin/python -m tests.attacks

@@ -174,12 +174,22 @@ def test_only_what_boots_systems_wants_systemds_container_tools(sandbox: Sandbox
     assert ("systemd-container" in sandbox.asked_to_install()) == asked
 
 
-@pytest.mark.parametrize(("named", "found"), [([], False), (["tests/booted"], True)])
-def test_systems_are_booted_only_where_they_are_named(named: list[str], found: bool) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *named]
+@pytest.mark.parametrize("directory", ["tests/booted", "tests/faults"])
+@pytest.mark.parametrize("named", [False, True])
+def test_what_takes_minutes_runs_only_where_it_is_named(directory: str, named: bool) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--collect-only",
+        "-p",
+        "no:cacheprovider",
+        *([directory] if named else []),
+    ]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ("tests/booted/test_booted.py::" in done.stdout) == found
+    assert (f"{directory}/test_" in done.stdout) == named
 
 
 @pytest.mark.root
