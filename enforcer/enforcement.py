@@ -93,6 +93,7 @@ log = logging.getLogger("registry-enforcer")
 REFUSED: Final = (nft.NftError, bpf.BpfError, OSError)  # what the kernel may say to anything, at any time
 _Parameters = ParamSpec("_Parameters")
 RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFRESH_MARGIN_SECONDS
+UNRESOLVED_SECONDS = 15.0  # until it is asked again for what no resolver has answered
 RESOLVE_CONCURRENCY = 16
 RESOLVE_PAUSE_SECONDS = 0.1  # of each of them between two names: spares the resolvers when a policy has thousands
 FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
@@ -565,6 +566,8 @@ class Enforcement:
                 raise
             self.faults.met(Fault.NFTABLES, str(error).partition("\n")[0])
             self.restore_table(str(error).partition("\n")[0])
+        else:
+            self.faults.over(Fault.NFTABLES)
 
     def _apply_ruleset(self, policy: Policy, elements: str = "", *, afresh: bool = False) -> None:
         """The whole table for `policy` and changes of its sets, in one transaction. Raises NftError.
@@ -638,11 +641,16 @@ class Enforcement:
             yield self.learned.longest(destination)
 
     # --- own questions -----------------------------------------------------------------------------------------------
-    async def ask_for_names(self) -> None:
-        """Ask for every exact name of the policy, a few at a time and no faster than the lifetimes demand."""
+    async def ask_for_names(self, *, unresolved: bool = False) -> None:
+        """Ask for every exact name of the policy, a few at a time and no faster than the lifetimes demand.
+
+        `unresolved`: for those alone that could not be resolved the last time.
+        """
         if not self._teachers():
             return  # why not is in the log; a way to one has them asked for (fit_interfaces)
-        names = sorted({host.name for rule in self.policy.rules for host in rule.hosts if not host.wildcard})
+        exact = {host.name for rule in self.policy.rules for host in rule.hosts if not host.wildcard}
+        self._unresolved &= exact
+        names = sorted(self._unresolved if unresolved else exact)
         pause_seconds = min(RESOLVE_PAUSE_SECONDS, RESOLVE_PERIOD_SECONDS * RESOLVE_CONCURRENCY / (2 * len(names) + 1))
         remaining = iter(names)
 
@@ -656,13 +664,21 @@ class Enforcement:
                 group.create_task(ask_in_turn())
 
     async def keep_asking(self) -> None:
-        """Ask again before the lifetimes end, and at once when the policy or the resolvers change."""
+        """Ask again before the lifetimes end, and at once when the policy or the resolvers change.
+
+        Sooner for what could not be resolved: clients that cached an answer wait for this daemon to have one.
+        """
+        due_at = self._loop.time() + RESOLVE_PERIOD_SECONDS
         while True:
+            left_seconds = due_at - self._loop.time()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RESOLVE_PERIOD_SECONDS):
+                async with asyncio.timeout(min(left_seconds, UNRESOLVED_SECONDS) if self._unresolved else left_seconds):
                     await self.ask_again.wait()
-            self.ask_again.clear()
-            await self.ask_for_names()
+            unresolved = not self.ask_again.is_set() and self._loop.time() < due_at
+            if not unresolved:
+                self.ask_again.clear()
+                due_at = self._loop.time() + RESOLVE_PERIOD_SECONDS
+            await self.ask_for_names(unresolved=unresolved)
 
     async def _ask(self, name: str) -> None:
         """Ask for the addresses of `name` and hold what the answers permit. BPF sees the same packets and is first."""
