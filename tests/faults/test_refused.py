@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -71,7 +71,7 @@ def in_table(world: World, addresses: list[str]) -> bool:
     return listed.returncode == 0 and all(address in listed.stdout for address in addresses)
 
 
-def while_learning(world: World, step: str, fault: str, orders: dict[str, float]) -> str:
+def while_learning(world: World, step: str, fault: str, orders: Mapping[str, float]) -> str:
     """Clients connect all the same, since BPF vouches; the table has the addresses once the fault is over."""
     before, said = world.faults(fault), world.said("the kernel refused")
     with world.nothing_gets_out() as probes:
@@ -94,7 +94,7 @@ def while_learning(world: World, step: str, fault: str, orders: dict[str, float]
 @pytest.mark.fault("nftables refuses what is learned, once and for 3 s")
 @pytest.mark.parametrize("orders", [ONCE, A_WHILE], ids=["once", "a while"])
 def test_what_nftables_refuses_to_learn_it_is_told_again(
-    world: World, numbers: Numbers, orders: dict[str, float]
+    world: World, numbers: Numbers, orders: Mapping[str, float]
 ) -> None:
     numbers(while_learning(world, "nftables", "nftables", orders))
 

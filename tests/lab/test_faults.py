@@ -15,6 +15,7 @@ from tests.lab.lab import Lab
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.timeout(180)]
 
 HUNG_SECONDS = 4.0
+LINKS = 100  # pairs
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,14 @@ def test_killed_while_reloading(world: World) -> None:
 
 def test_reload_that_nftables_refuses_changes_nothing(world: World) -> None:
     test_refused.reload_refused(world, "nftables")
+
+
+def test_what_nftables_refuses_to_learn_it_is_told_again(world: World) -> None:
+    test_refused.while_learning(world, "nftables", "nftables", test_refused.ONCE)
+
+
+def test_interfaces_come_and_go(world: World) -> None:
+    test_overflows.churn(world, LINKS)
 
 
 def test_hung_daemon(world: World) -> None:
