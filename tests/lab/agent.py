@@ -309,8 +309,9 @@ def flood(server: str, name: str, rate: int, seconds: float) -> Reply:
 class _Prober:
     """Connects again and again in a thread, so that a gap in enforcement cannot hide between two tests."""
 
-    def __init__(self, address: str, port: int, timeout: float) -> None:
+    def __init__(self, address: str, port: int, timeout: float, pause: float) -> None:
         self.target = (address, port, timeout)
+        self.pause = pause
         self.stopping = threading.Event()
         self.verdicts: dict[str, int] = {}
         self.slowest = 0.0
@@ -318,7 +319,7 @@ class _Prober:
         self.thread.start()
 
     def run(self) -> None:
-        while not self.stopping.wait(0.005):
+        while not self.stopping.wait(self.pause):
             reply = attempt(*self.target)
             self.verdicts[reply["verdict"]] = self.verdicts.get(reply["verdict"], 0) + 1
             self.slowest = max(self.slowest, reply["seconds"])
@@ -332,9 +333,9 @@ class _Prober:
 _probers: dict[str, _Prober] = {}
 
 
-def probe_start(key: str, address: str, port: int, timeout: float = 2) -> Reply:
-    """Start a prober."""
-    _probers[key] = _Prober(address, port, timeout)
+def probe_start(key: str, address: str, port: int, timeout: float = 2, pause: float = 0.005) -> Reply:
+    """Start a prober that waits `pause` seconds between its attempts."""
+    _probers[key] = _Prober(address, port, timeout, pause)
     return {}
 
 
