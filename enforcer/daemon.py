@@ -136,7 +136,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             return {"problem": reload()} if request.get("command") == "reload" else enforcement.answer(request)
 
         loop.add_signal_handler(signal.SIGHUP, reload)
-        async with control.serve(options.run_dir, answer):
+        async with control.serve(options.run_dir, answer, enforcement.askers):
             announce(policy, f"no metrics: {served.problem}" if served.problem else f"metrics at {served.url}")
             systemd.ready(_in_force(policy))
             async with asyncio.TaskGroup() as group:

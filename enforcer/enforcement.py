@@ -32,6 +32,7 @@ from enforcer import (
     auditing,
     bpf,
     conntrack,
+    control,
     dns_answer,
     kernel_abi,
     ladder,
@@ -49,6 +50,7 @@ from enforcer import (
 )
 from enforcer.audit import AuditLog
 from enforcer.audit_record import Drifted, Kind, Report
+from enforcer.bounds import Bounded, Room
 from enforcer.bpf import Loader
 from enforcer.denial import Refusal, host_name
 from enforcer.drift import Repairs, UnannouncedDrift
@@ -92,6 +94,7 @@ RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFR
 RESOLVE_CONCURRENCY = 16
 RESOLVE_PAUSE_SECONDS = 0.1  # of each of them between two names: spares the resolvers when a policy has thousands
 FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
+UNREADABLE_AT_ONCE = 256  # names of answers that BPF could not read, being asked for
 CGROUP_ATTEMPTS = 5  # at a text that names cgroups
 NANOSECONDS = 1_000_000_000
 
@@ -219,7 +222,7 @@ class Enforcement:
         self.policy = policy
         self.index = NameIndex(policy)
         self._rules = {rule.name: rule for rule in policy.rules}
-        self.learned = LearnedAddresses(last_used=self._last_used)
+        self.learned = LearnedAddresses(policy.learned_addresses, last_used=self._last_used)
         self.resolvers: tuple[Address, ...] = ()
         self._retired: dict[Address, int] = {}  # resolvers until a moment ago -> when their last answers are too late
         self.plan: topology.AttachmentPlan | None = None
@@ -249,7 +252,8 @@ class Enforcement:
         if capabilities.guards and isinstance(kernel, bpf.KernelState):
             self.guard = Guard(kernel, links, self._ended)
         self._ears: PacketSockets | None = None  # None: BPF reads the answers
-        self._cgroups: dict[str, MarkedScope] = {}  # paths with a scope of their own
+        self._cgroups: dict[str, MarkedScope] = {}  # paths with a scope of their own, as BPF knows them
+        self._cgroups_waiting: dict[str, procfs.Cgroup] = {}  # for a place in BPF's map
         self._table_present = firewall.present()  # an earlier daemon's
         self._ruleset_applied = False  # this one's
         self._responder: responder.Responder | None = None
@@ -265,6 +269,15 @@ class Enforcement:
         self._unattachable: set[int] = set()  # interfaces that refused it, each logged once
         self._unresolved: set[str] = set()  # exact names whose last own question failed, each logged once
         self._asking: set[str] = set()  # names of unreadable answers that are being asked for
+        self.askers = Room(control.MAX_ASKERS)
+        self._questions = Room(UNREADABLE_AT_ONCE)
+        # What does not fit into a map of BPF is left out: to fail would end the daemon at the will of others.
+        self._in_bpf = {
+            Bounded.RESOLVERS: Room(kernel_abi.MAX_RESOLVERS),
+            Bounded.CGROUPS: Room(kernel_abi.MAX_CGROUPS),
+            Bounded.OWN_RANGES: Room(kernel_abi.MAX_RANGES),
+        }
+        self._reached: set[Bounded] = set()  # each said once
         self._asked: set[asyncio.Task[None]] = set()
 
     # --- start -------------------------------------------------------------------------------------------------------
@@ -627,7 +640,7 @@ class Enforcement:
         """Ask for every exact name of the policy, a few at a time and no faster than the lifetimes demand."""
         if not self._teachers():
             return  # why not is in the log; a way to one has them asked for (fit_interfaces)
-        names = sorted({host.name for rule in self.policy.rules for host in rule.hosts if not host.wildcard})
+        names = sorted(_exact_names(self.policy))
         pause_seconds = min(RESOLVE_PAUSE_SECONDS, RESOLVE_PERIOD_SECONDS * RESOLVE_CONCURRENCY / (2 * len(names) + 1))
         remaining = iter(names)
 
@@ -722,6 +735,10 @@ class Enforcement:
             return  # BPF matched a listed name before it gave up, so this was cut on the way: nothing was permitted
         if not self.index.match(name) or name in self._asking:
             return
+        if len(self._asking) >= UNREADABLE_AT_ONCE:
+            # A wildcard's owner has as many names as he likes, and each takes a socket. Nothing was permitted.
+            self._questions.turned_away += 1
+            return
 
         async def ask() -> None:
             try:
@@ -752,12 +769,10 @@ class Enforcement:
         known_routes = self._links.routes()
         self.plan = topology.plan_attachments(self._links.interfaces(), known_routes, routes, wsl=procfs.is_wsl())
         look_again = bool(changed & netlink.Change.TRAFFIC_CONTROL)  # somebody touched filters
+        known = (*dns_answer.SPECIAL_RANGES, *((network, RangeClass.NEVER) for network in self.plan.own_ranges))
         ranges = {
             kernel_abi.pack_range_key(network.network_address, network.prefixlen): _u32(range_class)
-            for network, range_class in (
-                *dns_answer.SPECIAL_RANGES,
-                *((network, RangeClass.NEVER) for network in self.plan.own_ranges),
-            )
+            for network, range_class in self._in_bpf[Bounded.OWN_RANGES].fit(known)
         }
         if ranges != self._ranges:
             self._kernel.maps["ranges"].replace_all(ranges)
@@ -806,6 +821,7 @@ class Enforcement:
                     log.warning("interface %d takes no BPF program (%s): nothing is learned there", index, error)
         for index in self._attached.keys() - (self.plan.learn | self.plan.gate):
             del self._attached[index]
+        self._unattachable.intersection_update(self.plan.learn | self.plan.gate)
         return taken
 
     def _tell_interfaces(self) -> None:
@@ -835,7 +851,7 @@ class Enforcement:
         wanted = list(self.policy.resolvers.addresses)
         if self.policy.resolvers.auto:
             wanted += procfs.trusted_resolvers()
-        resolvers = tuple(dict.fromkeys(wanted))
+        resolvers = tuple(self._in_bpf[Bounded.RESOLVERS].fit(tuple(dict.fromkeys(wanted))))
         if resolvers == self.resolvers and self.plan is not None:
             return
         now = self._kernel.now_ns()
@@ -863,20 +879,20 @@ class Enforcement:
     def know_cgroups(self, known: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF which cgroups hold containers and engines: these and no others."""
         known = list(known)
-        self._cgroups = {cgroup.path: cgroup.scope for cgroup in known}
-        self._kernel.maps["cgroups"].replace_all({_cgroup_key(cgroup): _u32(cgroup.scope) for cgroup in known})
-        self._stamp(known)
+        fitting = self._in_bpf[Bounded.CGROUPS].fit(known)
+        self._cgroups = {cgroup.path: cgroup.scope for cgroup in fitting}
+        self._cgroups_waiting = {cgroup.path: cgroup for cgroup in known[len(fitting) :]}
+        self._kernel.maps["cgroups"].replace_all({_cgroup_key(cgroup): _u32(cgroup.scope) for cgroup in fitting})
+        self._stamp(fitting)
 
     def cgroups_changed(self, appeared: Iterable[procfs.Cgroup], vanished: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF of the difference."""
-        cgroups = self._kernel.maps["cgroups"]
         for cgroup in vanished:
-            cgroups.delete(_cgroup_key(cgroup))
-            self._cgroups.pop(cgroup.path, None)
-        for cgroup in appeared:
-            cgroups.update(_cgroup_key(cgroup), _u32(cgroup.scope))
-            self._cgroups[cgroup.path] = cgroup.scope
-        self._stamp(appeared)
+            if self._cgroups.pop(cgroup.path, None) is not None:
+                self._kernel.maps["cgroups"].delete(_cgroup_key(cgroup))
+            self._cgroups_waiting.pop(cgroup.path, None)
+        self._cgroups_waiting |= {cgroup.path: cgroup for cgroup in appeared}
+        self._let_cgroups_in()
         if self._table_present and self._capabilities.scopes_in_nft:
             try:
                 self._apply_with_cgroups(
@@ -884,6 +900,15 @@ class Enforcement:
                 )
             except nft.NftError as error:
                 self.restore_table(str(error).partition("\n")[0])
+
+    def _let_cgroups_in(self) -> None:
+        """As many as there is room for: what a user makes by the thousand is judged as what it is made in."""
+        room = self._in_bpf[Bounded.CGROUPS]
+        known = [*self._cgroups, *self._cgroups_waiting]
+        entering = [self._cgroups_waiting.pop(path) for path in room.fit(known)[len(self._cgroups) :]]
+        self._kernel.maps["cgroups"].update_many((_cgroup_key(cgroup), _u32(cgroup.scope)) for cgroup in entering)
+        self._cgroups |= {cgroup.path: cgroup.scope for cgroup in entering}
+        self._stamp(entering)
 
     def _apply_with_cgroups(self, render: Callable[[Iterable[tuple[str, MarkedScope]]], str]) -> None:
         """Apply what names cgroups, which may vanish before nft has looked them up: then without those."""
@@ -927,10 +952,12 @@ class Enforcement:
         narrowed = [key for key, value in before.items() if after.get(key) != value]
         for key in narrowed:
             names.delete(key)
-        kept, changes = self.learned.narrowed(functools.partial(self._still_held, index))
+        kept, changes = self.learned.narrowed(
+            functools.partial(self._still_held, index), policy.learned_addresses, self._now()
+        )
         assert self.plan is not None
         self._redirected = set(ruleset.Redirected)  # the operator may have let them in
-        self._stop_vouching(changes.withdraw)
+        self._stop_vouching((*changes.withdraw, *changes.forget))
         try:
             self._apply_ruleset(policy, self._render(changes))
         except nft.NftError as error:
@@ -941,6 +968,7 @@ class Enforcement:
             return f"the kernel refused the new ruleset: {error}"
         before_it, self.policy, self.index, self.learned = self.policy, policy, index, kept
         self._rules = {rule.name: rule for rule in policy.rules}
+        self._unresolved.intersection_update(_exact_names(policy))
         self._remember_revoked(changes)
         self._refresh_learned()
         if self.guard is not None and (ended := self.guard.end_what_lost_its_name(before_it, policy)):
@@ -996,6 +1024,14 @@ class Enforcement:
         if self._table_uncertain or not self._table_present:
             self.restore_table("the kernel had more events of nftables than it keeps")
         self.watch_redirects()
+        for what, room in self._rooms().items():
+            if room.turned_away and what not in self._reached:
+                self._reached.add(what)
+                log.warning(
+                    "%s: all %d places are taken; enforcer_bound_reached_total counts what finds none",
+                    what.value,
+                    room.limit,
+                )
 
     # --- drift of the table ------------------------------------------------------------------------------------------
     def suspect_table(self) -> None:
@@ -1241,7 +1277,24 @@ class Enforcement:
             evicted=self.learned.evicted,
             events_lost=self._lost(),
             audit_dropped=self.auditor.dropped(self.reports.lost if self.reports else 0),
+            rooms=self._rooms(),
         )
+
+    def _rooms(self) -> dict[Bounded, Room]:
+        rooms = {
+            Bounded.LEARNED: Room(self.learned.capacity, self.learned.permissions, self.learned.evicted),
+            Bounded.OWN_QUESTIONS: Room(UNREADABLE_AT_ONCE, len(self._asking), self._questions.turned_away),
+            Bounded.CONTROL_CLIENTS: self.askers,
+            **self._in_bpf,
+            **self.auditor.rooms(),
+        }
+        if self.guard is not None:
+            rooms[Bounded.INTERFACES] = self.guard.room
+        if self._responder is not None:
+            rooms[Bounded.RESPONDER_CLIENTS] = self._responder.room
+        if self.metrics_server is not None:
+            rooms[Bounded.METRICS_CLIENTS] = self.metrics_server.room
+        return rooms
 
     def _refusals(self, mode: Mode) -> dict[tuple[str, str], int]:
         """How often each (scope, protocol) was refused, by whoever of nftables and BPF counts."""
@@ -1266,6 +1319,10 @@ class Enforcement:
             return self._snapshot()
         except (nft.NftError, bpf.BpfError, OSError) as error:
             raise metrics.SnapshotError(str(error)) from None
+
+
+def _exact_names(policy: Policy) -> set[str]:
+    return {host.name for rule in policy.rules for host in rule.hosts if not host.wildcard}
 
 
 def _cgroup_key(cgroup: procfs.Cgroup) -> bytes:
