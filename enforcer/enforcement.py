@@ -222,6 +222,7 @@ class Enforcement:
         self.policy = policy
         self.index = NameIndex(policy)
         self._rules = {rule.name: rule for rule in policy.rules}
+        self._names: dict[bytes, bytes] = {}  # what BPF knows of them, from start() on
         self.learned = LearnedAddresses(policy.learned_addresses, last_used=self._last_used)
         self.resolvers: tuple[Address, ...] = ()
         self._retired: dict[Address, int] = {}  # resolvers until a moment ago -> when their last answers are too late
@@ -294,12 +295,12 @@ class Enforcement:
                 for name, scope in attribution.PROGRAM_SCOPES.items()
             }
         )
-        wanted = name_map(self.policy)
-        maps["names"].replace_all(wanted)
+        self._names = name_map(self.policy)
+        maps["names"].replace_all(self._names)
         self.follow_resolvers()
         # Held now, brought to the table below: an earlier daemon's has nearly all of it.
-        self._adopt_learned()
-        self._adopt_saved()
+        adopted = combined((self._adopt_learned(), self._adopt_saved()))
+        self._stop_vouching(adopted.forget)
         self._refresh_learned()  # a new build's maps, or those of before a reboot, know nothing
         self._attach_hooks()
         first_pass = asyncio.create_task(self.ask_for_names())
@@ -308,7 +309,7 @@ class Enforcement:
             log.warning("not all names of the policy are resolved yet; enforcing now, the rest follows")
             self._asked.add(first_pass)
             first_pass.add_done_callback(self._asked.discard)
-        difference = self._difference(self._elements() if self._table_present else [])
+        difference = self._difference(self._elements() if self._table_present else [], frozenset(adopted.forget))
         assert self.plan is not None  # follow_resolvers made it
         self._revoked = self._revoked_elements() if self._table_present else set()
         self._apply_ruleset(self.policy, self._render(difference))
@@ -402,13 +403,13 @@ class Enforcement:
             log.info("took over %d learned permissions from the kernel", len(entries))
         return self.learned.learn(entries, self._now())
 
-    def _adopt_saved(self) -> None:
+    def _adopt_saved(self) -> Changes:
         """Hold what the state file remembers from before a reboot, as far as the policy still allows it."""
         try:
             saved = state.load(self.options.state_dir)
         except state.StateError as error:
             log.warning("%s; registries are learned anew", error)
-            return
+            return Changes()
         now, wall_clock = self._now(), time.time()
         entries = []
         for entry in saved:
@@ -417,7 +418,7 @@ class Enforcement:
                 entries.append(
                     LearnedAddress(entry.address, entry.port, entry.name, entry.rule, entry.pattern, now + left)
                 )
-        self.learned.learn(entries, now)
+        return self.learned.learn(entries, now)
 
     def _holders(
         self, index: NameIndex, pattern: HostPattern, destination: Destination
@@ -430,8 +431,14 @@ class Enforcement:
 
     def _still_held(self, index: NameIndex, entry: LearnedAddress | state.SavedAddress) -> bool:
         """Whether the policy of `index` would permit `entry` for the same reason."""
-        holders = self._holders(index, entry.pattern, (entry.address, entry.port))
-        return any((rule.name, pattern) == (entry.rule, entry.pattern) for rule, pattern in holders)
+        rule = self._rule_of(index, entry.rule, entry.pattern)
+        return rule is not None and entry.port in rule.ports and may_teach(self._classify(entry.address), rule)
+
+    @staticmethod
+    def _rule_of(index: NameIndex, name: str, pattern: HostPattern) -> Rule | None:
+        """The rule of this name, if it has the pattern."""
+        covering = index.covering(pattern.name, wildcard=pattern.wildcard)
+        return next((rule for rule, covered in covering if covered == pattern and rule.name == name), None)
 
     def _now(self) -> float:
         """Seconds on the clock of the BPF programs."""
@@ -440,7 +447,7 @@ class Enforcement:
     def _used_at_ns(self, destination: Destination) -> int:
         """When a connection went there last, as far as BPF knows; 0: never."""
         value = self._kernel.maps["learned"].lookup(kernel_abi.pack_learned_key(*destination))
-        return 0 if value is None else int(kernel_abi.LEARNED.codec.unpack(value)[2])
+        return 0 if value is None else _used_at_ns(value)
 
     def _last_used(self, destination: Destination) -> float:
         return (self._used_at_ns(destination) or -math.inf) / NANOSECONDS
@@ -478,17 +485,24 @@ class Enforcement:
         """What the learned sets hold; NftError if they are gone."""
         return self._firewall.learned() if self._capabilities.remembers else []
 
-    def _difference(self, elements: Iterable[ruleset.Element]) -> Changes:
-        """What makes of these elements of the table those that are held."""
+    def _difference(
+        self, elements: Iterable[ruleset.Element], forgotten: frozenset[Destination] = frozenset()
+    ) -> Changes:
+        """What makes of these elements of the table those that are held; who made room keeps his connections."""
         now = self._now()
         seconds_left = {(element.address, element.port): element.lifetime_seconds for element in elements}
         permit = (
             entry
-            for entry in self._longest()
+            for entry in self.learned.longest_of_each()
             if abs(entry.expires_at - now - seconds_left.get(entry.destination, -math.inf))
             > kernel_abi.REFRESH_MARGIN_SECONDS
         )
-        return Changes(tuple(permit), tuple(held for held in seconds_left if held not in self.learned))
+        strange = [held for held in seconds_left if held not in self.learned]
+        return Changes(
+            tuple(permit),
+            withdraw=tuple(held for held in strange if held not in forgotten),
+            forget=tuple(held for held in strange if held in forgotten),
+        )
 
     # --- DNS events --------------------------------------------------------------------------------------------------
     def take_events(self, reader: bpf.EventReader) -> None:
@@ -630,11 +644,6 @@ class Enforcement:
         rule_name = revocation.lists_address(self.policy, address)
         return None if rule_name is None else (None, rule_name)
 
-    def _longest(self) -> Iterator[LearnedAddress]:
-        """For each destination the permission that ends last."""
-        for destination in {entry.destination for entry in self.learned}:
-            yield self.learned.longest(destination)
-
     # --- own questions -----------------------------------------------------------------------------------------------
     async def ask_for_names(self) -> None:
         """Ask for every exact name of the policy, a few at a time and no faster than the lifetimes demand."""
@@ -694,12 +703,12 @@ class Enforcement:
         self._kernel.maps["learned"].update_many(
             (
                 kernel_abi.pack_learned_key(*entry.destination),
-                self._learned_value(entry),
+                self._learned_value(entry, self._used_at_ns(entry.destination)),
             )
             for entry in entries
         )
 
-    def _learned_value(self, entry: LearnedAddress) -> bytes:
+    def _learned_value(self, entry: LearnedAddress, used_at_ns: int) -> bytes:
         """What BPF's `learned` holds of a destination; of what may be said there the most lenient holder decides."""
         unnamed_until = proxy_until = 0.0
         for holder in self.learned.holders(entry.destination) or (entry,):
@@ -711,7 +720,7 @@ class Enforcement:
         return kernel_abi.pack_learned(
             int(entry.expires_at * NANOSECONDS),
             pattern_id(entry.pattern),
-            used_at=self._used_at_ns(entry.destination),
+            used_at=used_at_ns,
             unnamed_until=int(unnamed_until * NANOSECONDS),
             proxy_until=int(proxy_until * NANOSECONDS),
         )
@@ -719,7 +728,17 @@ class Enforcement:
     def _refresh_learned(self) -> None:
         """Bring BPF to what is held: after a change of policy other things may be said at the addresses that stay."""
         if self._ears is None:
-            self._vouch(self._longest())
+            learned = self._kernel.maps["learned"]
+            known = dict(learned.items())  # at once: a look-up for each would take most of a reload's time
+            changed = {}
+            for entry in self.learned.longest_of_each():
+                key = kernel_abi.pack_learned_key(*entry.destination)
+                before = known.get(key)
+                used_at = 0 if before is None else _used_at_ns(before)
+                value = self._learned_value(entry, used_at)
+                if before is None or _says_other(value, before):
+                    changed[key] = value
+            learned.update_many(changed.items())
 
     def _teachers(self) -> tuple[Address, ...]:
         """The trusted resolvers but those behind an internal interface, where a container could answer for them."""
@@ -947,7 +966,7 @@ class Enforcement:
             self.auditor.policy_changed(f"{error}: the policy in force stays")
             return str(error)
         index = NameIndex(policy)
-        before, after = name_map(self.policy), name_map(policy)
+        before, after = self._names, name_map(policy)
         names = self._kernel.maps["names"]
         narrowed = [key for key, value in before.items() if after.get(key) != value]
         for key in narrowed:
@@ -962,11 +981,14 @@ class Enforcement:
             self._apply_ruleset(policy, self._render(changes))
         except nft.NftError as error:
             names.update_many((key, before[key]) for key in narrowed)
+            # The guard lets out what BPF has learned, and nobody asks again for what a client has cached.
+            self._refresh_learned()
             self.metrics.reloads.labels("failed").inc()
             log.error("the kernel refused the new ruleset, the policy in force stays: %s", error)
             self.auditor.policy_changed("the kernel refused the new ruleset, the policy in force stays")
             return f"the kernel refused the new ruleset: {error}"
         before_it, self.policy, self.index, self.learned = self.policy, policy, index, kept
+        self._names = after
         self._rules = {rule.name: rule for rule in policy.rules}
         self._unresolved.intersection_update(_exact_names(policy))
         self._remember_revoked(changes)
@@ -1260,7 +1282,7 @@ class Enforcement:
         return "gate" if index in self.plan.gate else ""
 
     def _snapshot(self) -> metrics.Snapshot:
-        families = collections.Counter(f"ipv{entry.address.version}" for entry in self._longest())
+        families = collections.Counter(f"ipv{entry.address.version}" for entry in self.learned.longest_of_each())
         return metrics.Snapshot(
             enforcing=self.policy.mode is Mode.ENFORCE and self._table_present,
             mode=self.policy.mode.value,
@@ -1327,6 +1349,24 @@ def _exact_names(policy: Policy) -> set[str]:
 
 def _cgroup_key(cgroup: procfs.Cgroup) -> bytes:
     return cgroup.cgroup_id.to_bytes(8, sys.byteorder)
+
+
+def _used_at_ns(learned: bytes) -> int:
+    return int(kernel_abi.LEARNED.codec.unpack(learned)[2])
+
+
+def _says_other(value: bytes, before: bytes) -> bool:
+    """Whether two values of `learned` differ in more than when it was used, and a second of their ends."""
+    pattern, *ends = _pattern_and_ends(value)
+    pattern_before, *ends_before = _pattern_and_ends(before)
+    return pattern != pattern_before or any(
+        abs(end - end_before) > NANOSECONDS for end, end_before in zip(ends, ends_before, strict=True)
+    )
+
+
+def _pattern_and_ends(learned: bytes) -> tuple[int, int, int, int]:
+    expires_ns, pattern, _, unnamed_until, proxy_until = kernel_abi.LEARNED.codec.unpack(learned)
+    return pattern, expires_ns, unnamed_until, proxy_until
 
 
 def _u32(value: int) -> bytes:

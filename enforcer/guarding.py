@@ -27,7 +27,7 @@ from enforcer.kernel_abi import (
     Listed,
     MarkedScope,
 )
-from enforcer.policy import Level, Mode, Policy, RuleKind, name_permissions, pattern_id
+from enforcer.policy import Level, Mode, Policy, RuleKind, pattern_id
 from enforcer.topology import AttachmentPlan
 
 log = logging.getLogger("registry-enforcer")
@@ -124,8 +124,8 @@ class Guard:
 
     def end_what_lost_its_name(self, before: Policy, after: Policy) -> int:
         """End the open connections that `after` would not begin: whose name no pattern allows any more."""
-        lost = {pattern_id(entry.pattern) for entry in name_permissions(before)}
-        lost -= {pattern_id(entry.pattern) for entry in name_permissions(after)}
+        had, has = ({host for rule in policy.rules for host in rule.hosts} for policy in (before, after))
+        lost = set(map(pattern_id, had - has))
         if not lost:
             return 0
         flows = self._kernel.maps["flows"]

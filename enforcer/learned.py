@@ -90,6 +90,10 @@ def combined(changes: Iterable[Changes]) -> Changes:
     return Changes(tuple(permit.values()), tuple(withdraw), tuple(forget))
 
 
+def _expiry(entry: LearnedAddress) -> float:
+    return entry.expires_at
+
+
 def _never(_: Destination) -> float:
     return -math.inf
 
@@ -151,13 +155,18 @@ class LearnedAddresses:
         for holders in self._holders.values():
             yield from holders.values()
 
+    def longest_of_each(self) -> Iterator[LearnedAddress]:
+        """For each destination the permission that ends last."""
+        for holders in self._holders.values():
+            yield max(holders.values(), key=_expiry) if len(holders) > 1 else next(iter(holders.values()))
+
     def holders(self, destination: Destination) -> tuple[LearnedAddress, ...]:
         """Every permission that a destination has."""
         return tuple(self._holders.get(destination, {}).values())
 
     def longest(self, destination: Destination) -> LearnedAddress:
         """The permission that ends last; KeyError if there is none."""
-        return max(self._holders[destination].values(), key=lambda entry: entry.expires_at)
+        return max(self._holders[destination].values(), key=_expiry)
 
     def holds(self, entry: LearnedAddress) -> bool:
         """Whether to learn `entry` would change nothing: its holder has the destination, for about as long."""

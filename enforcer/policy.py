@@ -1041,6 +1041,7 @@ def _combined(pattern: HostPattern, rules: Mapping[str, Rule]) -> NamePermission
     )
 
 
+@functools.lru_cache(maxsize=16_384)
 def pattern_id(pattern: HostPattern) -> int:
     """64 bits that name the pattern to the kernel, the same in every run."""
     return int.from_bytes(hashlib.blake2b(str(pattern).encode("ascii"), digest_size=8).digest(), "big")

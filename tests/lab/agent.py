@@ -40,11 +40,12 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
     """One TCP connection of a socket that sets its own mark first, and a request to see who is at its other end.
 
     The request is for `host`; None: for a registry that the lab's policy allows on this port.
-    Reply: verdict (reached, refused, timed out, error), seconds, address, message, and the socket's mark then.
+    Reply: verdict (reached, refused, timed out, error), seconds, address, message, the socket's mark then, and whether
+    somebody answered: "reached" may mean that nobody has yet.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     started = time.monotonic()
-    verdict, message, seconds = "reached", "", 0.0
+    verdict, message, seconds, answer = "reached", "", 0.0, b""
     with socket.socket(family, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
         try:
@@ -54,7 +55,8 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
             seconds = time.monotonic() - started
             if host is None and not address.startswith(_UNLISTED):
                 host = _HOST_OF_PORT.get(port, "registry.allowed.test")
-            if _denied(connection, host):
+            answer = _ask_for(connection, host)
+            if answer.startswith(b"HTTP/1.1 403 "):  # the enforcer's responder; servers of anything else say no 403
                 verdict, message = "refused", "403 Forbidden"
         except TimeoutError:
             verdict, message = "timed out", "no answer to the SYN"
@@ -63,18 +65,19 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
             message = error.strerror or str(error)
         seconds = seconds or time.monotonic() - started
         mark = connection.getsockopt(socket.SOL_SOCKET, socket.SO_MARK)
-    return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark}
+    return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark,
+            "answered": bool(answer)}  # fmt: skip
 
 
-def _denied(connection: socket.socket, host: str | None) -> bool:
-    """Whether the enforcer's responder has taken this connection; servers of TLS and of anything else say no 403."""
+def _ask_for(connection: socket.socket, host: str | None) -> bytes:
+    """What whoever has taken this connection says; nothing if he says nothing in time, or ends it."""
     connection.settimeout(_ANSWER_SECONDS)
     field = "" if host is None else f"Host: {host}\r\n"
     connection.sendall(f"GET / HTTP/1.0\r\n{field}\r\n".encode())
     try:
-        return connection.recv(4096).startswith(b"HTTP/1.1 403 ")
+        return connection.recv(4096)
     except TimeoutError:
-        return False
+        return b""
 
 
 def resolve(name: str, family: int = 0) -> list[str]:
@@ -321,7 +324,8 @@ class _Prober:
     def run(self) -> None:
         while not self.stopping.wait(self.pause):
             reply = attempt(*self.target)
-            self.verdicts[reply["verdict"]] = self.verdicts.get(reply["verdict"], 0) + 1
+            verdict = "silent" if reply["verdict"] == "reached" and not reply["answered"] else reply["verdict"]
+            self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
             self.slowest = max(self.slowest, reply["seconds"])
 
     def stop(self) -> Reply:
@@ -340,7 +344,7 @@ def probe_start(key: str, address: str, port: int, timeout: float = 2, pause: fl
 
 
 def probe_stop(key: str) -> Reply:
-    """Stop it: `verdicts` counts them, `slowest` is in seconds."""
+    """Stop it: `verdicts` counts them, `slowest` is in seconds. "silent": connected, and nobody said a word."""
     return _probers.pop(key).stop()
 
 

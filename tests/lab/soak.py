@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import csv
 import itertools
+import json
 import os
 import signal
 import statistics
@@ -73,6 +74,21 @@ class Traffic:
     failed: list[str] = field(default_factory=list)  # of the allowed ones: what went wrong
     refused: int = 0
     passed: int = 0  # of those that must be refused
+    packets: int = 0  # of these that came out of the host
+
+    def add(self, verdicts: Mapping[str, int], address: str, *, allowed: bool) -> None:
+        """A prober's account."""
+        if allowed:
+            self.allowed += sum(verdicts.values())
+            self.failed += [
+                f"{address}: {verdict}"
+                for verdict, count in verdicts.items()
+                if verdict != "reached"
+                for _ in range(count)
+            ]
+        else:
+            self.refused += sum(verdicts.values())
+            self.passed += verdicts.get("reached", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +145,7 @@ def verdicts(
         Verdict("refused, passing", f"{traffic.passed} of {traffic.refused}", "0",
                 traffic.passed == 0 and traffic.refused > 0)
     )  # fmt: skip
+    found.append(Verdict("refused, packets outside", str(traffic.packets), "0", traffic.packets == 0))
     return found
 
 
@@ -157,6 +174,26 @@ def policies() -> list[str]:
     ]
 
 
+def count_outside(lab: Lab) -> None:
+    """Have the lab's internet count the packets to what nobody may reach: an eye outside of the host."""
+    counting = f"""table inet outside {{
+        counter evil {{ }}
+        chain arriving {{
+            type filter hook prerouting priority -400;
+            ip daddr {EVIL_ADDRESS} counter name evil
+            ip6 daddr {EVIL_ADDRESS6} counter name evil
+        }}
+    }}"""
+    counted = lab.run("net", ["nft", "-f", "-"], text=counting)
+    assert counted.returncode == 0, counted.stdout
+
+
+def packets_outside(lab: Lab) -> int:
+    """How many have come since."""
+    listed = json.loads(lab.run("net", ["nft", "-j", "list", "counters"]).stdout)["nftables"]
+    return sum(int(each["counter"]["packets"]) for each in listed if "counter" in each)
+
+
 class Load:
     """Everything that goes on at once, each in a thread of its own; a context manager that ends it."""
 
@@ -174,6 +211,7 @@ class Load:
         self._probers: list[tuple[Agent, str, bool]] = []
 
     def __enter__(self) -> Load:
+        count_outside(self._lab)
         for agent, address, allowed in (
             (self._lab.agent("ct"), EVIL_ADDRESS, False),
             (self._lab.agent("ct"), EVIL_ADDRESS6, False),
@@ -201,16 +239,8 @@ class Load:
         for thread in self._threads:
             thread.join()
         for agent, address, allowed in self._probers:
-            told = agent.call("probe_stop", key="p")["verdicts"]
-            reached, others = told.pop("reached", 0), sum(told.values())
-            if allowed:
-                self.traffic.allowed += reached + others
-                self.traffic.failed += [
-                    f"{address}: {verdict}" for verdict, count in told.items() for _ in range(count)
-                ]
-            else:
-                self.traffic.refused += reached + others
-                self.traffic.passed += reached
+            self.traffic.add(agent.call("probe_stop", key="p")["verdicts"], address, allowed=allowed)
+        self.traffic.packets = packets_outside(self._lab)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
