@@ -21,6 +21,7 @@ class Bounded(enum.Enum):
     OWN_QUESTIONS = "own_questions"
     RESOLVERS = "resolvers"
     CGROUPS = "cgroups"
+    CGROUP_WATCHES = "cgroup_watches"
     INTERFACES = "interfaces"
     OWN_RANGES = "own_ranges"
     RESPONDER_CLIENTS = "responder_clients"

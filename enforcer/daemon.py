@@ -115,6 +115,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             enforcement.listen(_open_ears(stack, enforcement, kernel))
         if cgroup is not None:
             watch = stack.enter_context(procfs.CgroupWatch(cgroup, enforcement.cgroups_changed))
+            enforcement.cgroup_watch = watch
             enforcement.know_cgroups(watch.known.values())
         resolver_files = procfs.RESOLV_CONF, *procfs.UPSTREAM_RESOLV_CONFS
         stack.enter_context(procfs.FileWatch(resolver_files, enforcement.follow_resolvers))

@@ -232,6 +232,7 @@ class Enforcement:
         self.metrics_server: metrics.Server | None = None  # None: nobody is to be served
         self.auditor = auditing.Auditor(audit_log, kernel, cgroup, self._known_name)
         self.reports: nflog.RefusalReader | None = None  # None: the kernel reports no refused packets
+        self.cgroup_watch: procfs.CgroupWatch | None = None  # None: there is no cgroup v2
         self._audit_log = audit_log
         self._repairs = Repairs(self.metrics, self.auditor)
         self._revoked: set[Destination] | None = None  # None: the table is not this daemon's yet
@@ -1312,6 +1313,8 @@ class Enforcement:
         }
         if self.guard is not None:
             rooms[Bounded.INTERFACES] = self.guard.room
+        if self.cgroup_watch is not None:
+            rooms[Bounded.CGROUP_WATCHES] = self.cgroup_watch.room
         if self._responder is not None:
             rooms[Bounded.RESPONDER_CLIENTS] = self._responder.room
         if self.metrics_server is not None:
