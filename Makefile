@@ -66,6 +66,7 @@ demo: setup ## allowed and refused pulls with docker and podman, in namespaces o
 bench: setup ## first connections to fresh names, beside a run without enforcement
 	@$(HERE) .venv/bin/python -m tests.lab.bench
 	@$(HERE) .venv/bin/python -m tests.lab.bench_guard
+	@$(HERE) .venv/bin/python -m tests.lab.bench_reload
 
 soak: setup ## everything at once for MINUTES=5, with restarts, reloads and churn; sizes and memory to build/soak.png (root)
 	@$(HERE) .venv/bin/python -m tests.lab.soak $(if $(MINUTES),--minutes $(MINUTES))

@@ -114,6 +114,35 @@ def connections_per_second(address: str, port: int, count: int) -> float:
     return count / (time.monotonic() - started)
 
 
+def storm(address: str, port: int, seconds: float, window: int = 64) -> Reply:
+    """As many connections as there is time for, `window` at once, each closed when it is there; `failed` says why."""
+    linger = struct.pack("ii", 1, 0)
+    made, failed = 0, dict[str, int]()
+    opening: dict[int, tuple[socket.socket, float]] = {}
+    started = now = time.monotonic()
+    with select.epoll() as ready:
+        while opening or now < started + seconds:
+            while len(opening) < window and now < started + seconds:
+                connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                connection.connect_ex((address, port))
+                ready.register(connection, select.EPOLLOUT)
+                opening[connection.fileno()] = connection, now
+            told = {number for number, _ in ready.poll(1)}
+            now = time.monotonic()
+            late = {number for number, (_, began) in opening.items() if now - began > 3}
+            for number in told | late:
+                connection, _ = opening.pop(number)
+                error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if number in told else errno.ETIMEDOUT
+                connection.close()
+                if error:
+                    why = errno.errorcode[error]
+                    failed[why] = failed.get(why, 0) + 1
+                else:
+                    made += 1
+    return {"made": made, "failed": failed, "seconds": now - started}
+
+
 def _hello(name: str) -> bytes:
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname=name)
@@ -352,7 +381,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     operation.__name__: operation
     for operation in (
         attempt, ask, connect, connect_each, connections_per_second, exchange, flood, flood_names, forge, hang_up, hold,
-        http_get, probe_start, probe_stop, replace_file, resolve, send_datagram, send_from, send_packet, talk,
+        http_get, probe_start, probe_stop, replace_file, resolve, send_datagram, send_from, send_packet, storm, talk,
     )
 }  # fmt: skip
 
