@@ -115,6 +115,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             enforcement.listen(_open_ears(stack, enforcement, kernel))
         if cgroup is not None:
             watch = stack.enter_context(procfs.CgroupWatch(cgroup, enforcement.cgroups_changed))
+            enforcement.cgroup_watch = watch
             enforcement.know_cgroups(watch.known.values())
         resolver_files = procfs.RESOLV_CONF, *procfs.UPSTREAM_RESOLV_CONFS
         stack.enter_context(procfs.FileWatch(resolver_files, enforcement.follow_resolvers))
@@ -136,7 +137,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             return {"problem": reload()} if request.get("command") == "reload" else enforcement.answer(request)
 
         loop.add_signal_handler(signal.SIGHUP, reload)
-        async with control.serve(options.run_dir, answer):
+        async with control.serve(options.run_dir, answer, enforcement.askers):
             announce(policy, f"no metrics: {served.problem}" if served.problem else f"metrics at {served.url}")
             systemd.ready(_in_force(policy))
             async with asyncio.TaskGroup() as group:

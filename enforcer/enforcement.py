@@ -32,6 +32,7 @@ from enforcer import (
     auditing,
     bpf,
     conntrack,
+    control,
     dns_answer,
     kernel_abi,
     ladder,
@@ -49,6 +50,7 @@ from enforcer import (
 )
 from enforcer.audit import AuditLog
 from enforcer.audit_record import Drifted, Kind, Report
+from enforcer.bounds import Bounded, Room
 from enforcer.bpf import Loader
 from enforcer.denial import Refusal, host_name
 from enforcer.drift import Repairs, UnannouncedDrift
@@ -92,6 +94,7 @@ RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFR
 RESOLVE_CONCURRENCY = 16
 RESOLVE_PAUSE_SECONDS = 0.1  # of each of them between two names: spares the resolvers when a policy has thousands
 FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
+UNREADABLE_AT_ONCE = 256  # names of answers that BPF could not read, being asked for
 CGROUP_ATTEMPTS = 5  # at a text that names cgroups
 NANOSECONDS = 1_000_000_000
 
@@ -219,7 +222,8 @@ class Enforcement:
         self.policy = policy
         self.index = NameIndex(policy)
         self._rules = {rule.name: rule for rule in policy.rules}
-        self.learned = LearnedAddresses(last_used=self._last_used)
+        self._names: dict[bytes, bytes] = {}  # what BPF knows of them, from start() on
+        self.learned = LearnedAddresses(policy.learned_addresses, last_used=self._last_used)
         self.resolvers: tuple[Address, ...] = ()
         self._retired: dict[Address, int] = {}  # resolvers until a moment ago -> when their last answers are too late
         self.plan: topology.AttachmentPlan | None = None
@@ -228,6 +232,7 @@ class Enforcement:
         self.metrics_server: metrics.Server | None = None  # None: nobody is to be served
         self.auditor = auditing.Auditor(audit_log, kernel, cgroup, self._known_name)
         self.reports: nflog.RefusalReader | None = None  # None: the kernel reports no refused packets
+        self.cgroup_watch: procfs.CgroupWatch | None = None  # None: there is no cgroup v2
         self._audit_log = audit_log
         self._repairs = Repairs(self.metrics, self.auditor)
         self._revoked: set[Destination] | None = None  # None: the table is not this daemon's yet
@@ -249,7 +254,8 @@ class Enforcement:
         if capabilities.guards and isinstance(kernel, bpf.KernelState):
             self.guard = Guard(kernel, links, self._ended)
         self._ears: PacketSockets | None = None  # None: BPF reads the answers
-        self._cgroups: dict[str, MarkedScope] = {}  # paths with a scope of their own
+        self._cgroups: dict[str, MarkedScope] = {}  # paths with a scope of their own, as BPF knows them
+        self._cgroups_waiting: dict[str, procfs.Cgroup] = {}  # for a place in BPF's map
         self._table_present = firewall.present()  # an earlier daemon's
         self._ruleset_applied = False  # this one's
         self._responder: responder.Responder | None = None
@@ -265,6 +271,15 @@ class Enforcement:
         self._unattachable: set[int] = set()  # interfaces that refused it, each logged once
         self._unresolved: set[str] = set()  # exact names whose last own question failed, each logged once
         self._asking: set[str] = set()  # names of unreadable answers that are being asked for
+        self.askers = Room(control.MAX_ASKERS)
+        self._questions = Room(UNREADABLE_AT_ONCE)
+        # What does not fit into a map of BPF is left out: to fail would end the daemon at the will of others.
+        self._in_bpf = {
+            Bounded.RESOLVERS: Room(kernel_abi.MAX_RESOLVERS),
+            Bounded.CGROUPS: Room(kernel_abi.MAX_CGROUPS),
+            Bounded.OWN_RANGES: Room(kernel_abi.MAX_RANGES),
+        }
+        self._reached: set[Bounded] = set()  # each said once
         self._asked: set[asyncio.Task[None]] = set()
 
     # --- start -------------------------------------------------------------------------------------------------------
@@ -281,12 +296,12 @@ class Enforcement:
                 for name, scope in attribution.PROGRAM_SCOPES.items()
             }
         )
-        wanted = name_map(self.policy)
-        maps["names"].replace_all(wanted)
+        self._names = name_map(self.policy)
+        maps["names"].replace_all(self._names)
         self.follow_resolvers()
         # Held now, brought to the table below: an earlier daemon's has nearly all of it.
-        self._adopt_learned()
-        self._adopt_saved()
+        adopted = combined((self._adopt_learned(), self._adopt_saved()))
+        self._stop_vouching(adopted.forget)
         self._refresh_learned()  # a new build's maps, or those of before a reboot, know nothing
         self._attach_hooks()
         first_pass = asyncio.create_task(self.ask_for_names())
@@ -295,7 +310,7 @@ class Enforcement:
             log.warning("not all names of the policy are resolved yet; enforcing now, the rest follows")
             self._asked.add(first_pass)
             first_pass.add_done_callback(self._asked.discard)
-        difference = self._difference(self._elements() if self._table_present else [])
+        difference = self._difference(self._elements() if self._table_present else [], frozenset(adopted.forget))
         assert self.plan is not None  # follow_resolvers made it
         self._revoked = self._revoked_elements() if self._table_present else set()
         self._apply_ruleset(self.policy, self._render(difference))
@@ -389,13 +404,13 @@ class Enforcement:
             log.info("took over %d learned permissions from the kernel", len(entries))
         return self.learned.learn(entries, self._now())
 
-    def _adopt_saved(self) -> None:
+    def _adopt_saved(self) -> Changes:
         """Hold what the state file remembers from before a reboot, as far as the policy still allows it."""
         try:
             saved = state.load(self.options.state_dir)
         except state.StateError as error:
             log.warning("%s; registries are learned anew", error)
-            return
+            return Changes()
         now, wall_clock = self._now(), time.time()
         entries = []
         for entry in saved:
@@ -404,7 +419,7 @@ class Enforcement:
                 entries.append(
                     LearnedAddress(entry.address, entry.port, entry.name, entry.rule, entry.pattern, now + left)
                 )
-        self.learned.learn(entries, now)
+        return self.learned.learn(entries, now)
 
     def _holders(
         self, index: NameIndex, pattern: HostPattern, destination: Destination
@@ -417,8 +432,14 @@ class Enforcement:
 
     def _still_held(self, index: NameIndex, entry: LearnedAddress | state.SavedAddress) -> bool:
         """Whether the policy of `index` would permit `entry` for the same reason."""
-        holders = self._holders(index, entry.pattern, (entry.address, entry.port))
-        return any((rule.name, pattern) == (entry.rule, entry.pattern) for rule, pattern in holders)
+        rule = self._rule_of(index, entry.rule, entry.pattern)
+        return rule is not None and entry.port in rule.ports and may_teach(self._classify(entry.address), rule)
+
+    @staticmethod
+    def _rule_of(index: NameIndex, name: str, pattern: HostPattern) -> Rule | None:
+        """The rule of this name, if it has the pattern."""
+        covering = index.covering(pattern.name, wildcard=pattern.wildcard)
+        return next((rule for rule, covered in covering if covered == pattern and rule.name == name), None)
 
     def _now(self) -> float:
         """Seconds on the clock of the BPF programs."""
@@ -427,7 +448,7 @@ class Enforcement:
     def _used_at_ns(self, destination: Destination) -> int:
         """When a connection went there last, as far as BPF knows; 0: never."""
         value = self._kernel.maps["learned"].lookup(kernel_abi.pack_learned_key(*destination))
-        return 0 if value is None else int(kernel_abi.LEARNED.codec.unpack(value)[2])
+        return 0 if value is None else _used_at_ns(value)
 
     def _last_used(self, destination: Destination) -> float:
         return (self._used_at_ns(destination) or -math.inf) / NANOSECONDS
@@ -465,17 +486,24 @@ class Enforcement:
         """What the learned sets hold; NftError if they are gone."""
         return self._firewall.learned() if self._capabilities.remembers else []
 
-    def _difference(self, elements: Iterable[ruleset.Element]) -> Changes:
-        """What makes of these elements of the table those that are held."""
+    def _difference(
+        self, elements: Iterable[ruleset.Element], forgotten: frozenset[Destination] = frozenset()
+    ) -> Changes:
+        """What makes of these elements of the table those that are held; who made room keeps his connections."""
         now = self._now()
         seconds_left = {(element.address, element.port): element.lifetime_seconds for element in elements}
         permit = (
             entry
-            for entry in self._longest()
+            for entry in self.learned.longest_of_each()
             if abs(entry.expires_at - now - seconds_left.get(entry.destination, -math.inf))
             > kernel_abi.REFRESH_MARGIN_SECONDS
         )
-        return Changes(tuple(permit), tuple(held for held in seconds_left if held not in self.learned))
+        strange = [held for held in seconds_left if held not in self.learned]
+        return Changes(
+            tuple(permit),
+            withdraw=tuple(held for held in strange if held not in forgotten),
+            forget=tuple(held for held in strange if held in forgotten),
+        )
 
     # --- DNS events --------------------------------------------------------------------------------------------------
     def take_events(self, reader: bpf.EventReader) -> None:
@@ -617,17 +645,12 @@ class Enforcement:
         rule_name = revocation.lists_address(self.policy, address)
         return None if rule_name is None else (None, rule_name)
 
-    def _longest(self) -> Iterator[LearnedAddress]:
-        """For each destination the permission that ends last."""
-        for destination in {entry.destination for entry in self.learned}:
-            yield self.learned.longest(destination)
-
     # --- own questions -----------------------------------------------------------------------------------------------
     async def ask_for_names(self) -> None:
         """Ask for every exact name of the policy, a few at a time and no faster than the lifetimes demand."""
         if not self._teachers():
             return  # why not is in the log; a way to one has them asked for (fit_interfaces)
-        names = sorted({host.name for rule in self.policy.rules for host in rule.hosts if not host.wildcard})
+        names = sorted(_exact_names(self.policy))
         pause_seconds = min(RESOLVE_PAUSE_SECONDS, RESOLVE_PERIOD_SECONDS * RESOLVE_CONCURRENCY / (2 * len(names) + 1))
         remaining = iter(names)
 
@@ -681,12 +704,12 @@ class Enforcement:
         self._kernel.maps["learned"].update_many(
             (
                 kernel_abi.pack_learned_key(*entry.destination),
-                self._learned_value(entry),
+                self._learned_value(entry, self._used_at_ns(entry.destination)),
             )
             for entry in entries
         )
 
-    def _learned_value(self, entry: LearnedAddress) -> bytes:
+    def _learned_value(self, entry: LearnedAddress, used_at_ns: int) -> bytes:
         """What BPF's `learned` holds of a destination; of what may be said there the most lenient holder decides."""
         unnamed_until = proxy_until = 0.0
         for holder in self.learned.holders(entry.destination) or (entry,):
@@ -698,7 +721,7 @@ class Enforcement:
         return kernel_abi.pack_learned(
             int(entry.expires_at * NANOSECONDS),
             pattern_id(entry.pattern),
-            used_at=self._used_at_ns(entry.destination),
+            used_at=used_at_ns,
             unnamed_until=int(unnamed_until * NANOSECONDS),
             proxy_until=int(proxy_until * NANOSECONDS),
         )
@@ -706,7 +729,17 @@ class Enforcement:
     def _refresh_learned(self) -> None:
         """Bring BPF to what is held: after a change of policy other things may be said at the addresses that stay."""
         if self._ears is None:
-            self._vouch(self._longest())
+            learned = self._kernel.maps["learned"]
+            known = dict(learned.items())  # at once: a look-up for each would take most of a reload's time
+            changed = {}
+            for entry in self.learned.longest_of_each():
+                key = kernel_abi.pack_learned_key(*entry.destination)
+                before = known.get(key)
+                used_at = 0 if before is None else _used_at_ns(before)
+                value = self._learned_value(entry, used_at)
+                if before is None or _says_other(value, before):
+                    changed[key] = value
+            learned.update_many(changed.items())
 
     def _teachers(self) -> tuple[Address, ...]:
         """The trusted resolvers but those behind an internal interface, where a container could answer for them."""
@@ -721,6 +754,10 @@ class Enforcement:
         except dns_answer.DnsAnswerError:
             return  # BPF matched a listed name before it gave up, so this was cut on the way: nothing was permitted
         if not self.index.match(name) or name in self._asking:
+            return
+        if len(self._asking) >= UNREADABLE_AT_ONCE:
+            # A wildcard's owner has as many names as he likes, and each takes a socket. Nothing was permitted.
+            self._questions.turned_away += 1
             return
 
         async def ask() -> None:
@@ -752,12 +789,10 @@ class Enforcement:
         known_routes = self._links.routes()
         self.plan = topology.plan_attachments(self._links.interfaces(), known_routes, routes, wsl=procfs.is_wsl())
         look_again = bool(changed & netlink.Change.TRAFFIC_CONTROL)  # somebody touched filters
+        known = (*dns_answer.SPECIAL_RANGES, *((network, RangeClass.NEVER) for network in self.plan.own_ranges))
         ranges = {
             kernel_abi.pack_range_key(network.network_address, network.prefixlen): _u32(range_class)
-            for network, range_class in (
-                *dns_answer.SPECIAL_RANGES,
-                *((network, RangeClass.NEVER) for network in self.plan.own_ranges),
-            )
+            for network, range_class in self._in_bpf[Bounded.OWN_RANGES].fit(known)
         }
         if ranges != self._ranges:
             self._kernel.maps["ranges"].replace_all(ranges)
@@ -806,6 +841,7 @@ class Enforcement:
                     log.warning("interface %d takes no BPF program (%s): nothing is learned there", index, error)
         for index in self._attached.keys() - (self.plan.learn | self.plan.gate):
             del self._attached[index]
+        self._unattachable.intersection_update(self.plan.learn | self.plan.gate)
         return taken
 
     def _tell_interfaces(self) -> None:
@@ -835,7 +871,7 @@ class Enforcement:
         wanted = list(self.policy.resolvers.addresses)
         if self.policy.resolvers.auto:
             wanted += procfs.trusted_resolvers()
-        resolvers = tuple(dict.fromkeys(wanted))
+        resolvers = tuple(self._in_bpf[Bounded.RESOLVERS].fit(tuple(dict.fromkeys(wanted))))
         if resolvers == self.resolvers and self.plan is not None:
             return
         now = self._kernel.now_ns()
@@ -863,20 +899,20 @@ class Enforcement:
     def know_cgroups(self, known: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF which cgroups hold containers and engines: these and no others."""
         known = list(known)
-        self._cgroups = {cgroup.path: cgroup.scope for cgroup in known}
-        self._kernel.maps["cgroups"].replace_all({_cgroup_key(cgroup): _u32(cgroup.scope) for cgroup in known})
-        self._stamp(known)
+        fitting = self._in_bpf[Bounded.CGROUPS].fit(known)
+        self._cgroups = {cgroup.path: cgroup.scope for cgroup in fitting}
+        self._cgroups_waiting = {cgroup.path: cgroup for cgroup in known[len(fitting) :]}
+        self._kernel.maps["cgroups"].replace_all({_cgroup_key(cgroup): _u32(cgroup.scope) for cgroup in fitting})
+        self._stamp(fitting)
 
     def cgroups_changed(self, appeared: Iterable[procfs.Cgroup], vanished: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF of the difference."""
-        cgroups = self._kernel.maps["cgroups"]
         for cgroup in vanished:
-            cgroups.delete(_cgroup_key(cgroup))
-            self._cgroups.pop(cgroup.path, None)
-        for cgroup in appeared:
-            cgroups.update(_cgroup_key(cgroup), _u32(cgroup.scope))
-            self._cgroups[cgroup.path] = cgroup.scope
-        self._stamp(appeared)
+            if self._cgroups.pop(cgroup.path, None) is not None:
+                self._kernel.maps["cgroups"].delete(_cgroup_key(cgroup))
+            self._cgroups_waiting.pop(cgroup.path, None)
+        self._cgroups_waiting |= {cgroup.path: cgroup for cgroup in appeared}
+        self._let_cgroups_in()
         if self._table_present and self._capabilities.scopes_in_nft:
             try:
                 self._apply_with_cgroups(
@@ -884,6 +920,15 @@ class Enforcement:
                 )
             except nft.NftError as error:
                 self.restore_table(str(error).partition("\n")[0])
+
+    def _let_cgroups_in(self) -> None:
+        """As many as there is room for: what a user makes by the thousand is judged as what it is made in."""
+        room = self._in_bpf[Bounded.CGROUPS]
+        known = [*self._cgroups, *self._cgroups_waiting]
+        entering = [self._cgroups_waiting.pop(path) for path in room.fit(known)[len(self._cgroups) :]]
+        self._kernel.maps["cgroups"].update_many((_cgroup_key(cgroup), _u32(cgroup.scope)) for cgroup in entering)
+        self._cgroups |= {cgroup.path: cgroup.scope for cgroup in entering}
+        self._stamp(entering)
 
     def _apply_with_cgroups(self, render: Callable[[Iterable[tuple[str, MarkedScope]]], str]) -> None:
         """Apply what names cgroups, which may vanish before nft has looked them up: then without those."""
@@ -922,25 +967,31 @@ class Enforcement:
             self.auditor.policy_changed(f"{error}: the policy in force stays")
             return str(error)
         index = NameIndex(policy)
-        before, after = name_map(self.policy), name_map(policy)
+        before, after = self._names, name_map(policy)
         names = self._kernel.maps["names"]
         narrowed = [key for key, value in before.items() if after.get(key) != value]
         for key in narrowed:
             names.delete(key)
-        kept, changes = self.learned.narrowed(functools.partial(self._still_held, index))
+        kept, changes = self.learned.narrowed(
+            functools.partial(self._still_held, index), policy.learned_addresses, self._now()
+        )
         assert self.plan is not None
         self._redirected = set(ruleset.Redirected)  # the operator may have let them in
-        self._stop_vouching(changes.withdraw)
+        self._stop_vouching((*changes.withdraw, *changes.forget))
         try:
             self._apply_ruleset(policy, self._render(changes))
         except nft.NftError as error:
             names.update_many((key, before[key]) for key in narrowed)
+            # The guard lets out what BPF has learned, and nobody asks again for what a client has cached.
+            self._refresh_learned()
             self.metrics.reloads.labels("failed").inc()
             log.error("the kernel refused the new ruleset, the policy in force stays: %s", error)
             self.auditor.policy_changed("the kernel refused the new ruleset, the policy in force stays")
             return f"the kernel refused the new ruleset: {error}"
         before_it, self.policy, self.index, self.learned = self.policy, policy, index, kept
+        self._names = after
         self._rules = {rule.name: rule for rule in policy.rules}
+        self._unresolved.intersection_update(_exact_names(policy))
         self._remember_revoked(changes)
         self._refresh_learned()
         if self.guard is not None and (ended := self.guard.end_what_lost_its_name(before_it, policy)):
@@ -996,6 +1047,14 @@ class Enforcement:
         if self._table_uncertain or not self._table_present:
             self.restore_table("the kernel had more events of nftables than it keeps")
         self.watch_redirects()
+        for what, room in self._rooms().items():
+            if room.turned_away and what not in self._reached:
+                self._reached.add(what)
+                log.warning(
+                    "%s: all %d places are taken; enforcer_bound_reached_total counts what finds none",
+                    what.value,
+                    room.limit,
+                )
 
     # --- drift of the table ------------------------------------------------------------------------------------------
     def suspect_table(self) -> None:
@@ -1223,7 +1282,7 @@ class Enforcement:
         return "gate" if index in self.plan.gate else ""
 
     def _snapshot(self) -> metrics.Snapshot:
-        families = collections.Counter(f"ipv{entry.address.version}" for entry in self._longest())
+        families = collections.Counter(f"ipv{entry.address.version}" for entry in self.learned.longest_of_each())
         return metrics.Snapshot(
             enforcing=self.policy.mode is Mode.ENFORCE and self._table_present,
             mode=self.policy.mode.value,
@@ -1240,7 +1299,26 @@ class Enforcement:
             evicted=self.learned.evicted,
             events_lost=self._lost(),
             audit_dropped=self.auditor.dropped(self.reports.lost if self.reports else 0),
+            rooms=self._rooms(),
         )
+
+    def _rooms(self) -> dict[Bounded, Room]:
+        rooms = {
+            Bounded.LEARNED: Room(self.learned.capacity, self.learned.permissions, self.learned.evicted),
+            Bounded.OWN_QUESTIONS: Room(UNREADABLE_AT_ONCE, len(self._asking), self._questions.turned_away),
+            Bounded.CONTROL_CLIENTS: self.askers,
+            **self._in_bpf,
+            **self.auditor.rooms(),
+        }
+        if self.guard is not None:
+            rooms[Bounded.INTERFACES] = self.guard.room
+        if self.cgroup_watch is not None:
+            rooms[Bounded.CGROUP_WATCHES] = self.cgroup_watch.room
+        if self._responder is not None:
+            rooms[Bounded.RESPONDER_CLIENTS] = self._responder.room
+        if self.metrics_server is not None:
+            rooms[Bounded.METRICS_CLIENTS] = self.metrics_server.room
+        return rooms
 
     def _refusals(self, mode: Mode) -> dict[tuple[str, str], int]:
         """How often each (scope, protocol) was refused, by whoever of nftables and BPF counts."""
@@ -1267,8 +1345,30 @@ class Enforcement:
             raise metrics.SnapshotError(str(error)) from None
 
 
+def _exact_names(policy: Policy) -> set[str]:
+    return {host.name for rule in policy.rules for host in rule.hosts if not host.wildcard}
+
+
 def _cgroup_key(cgroup: procfs.Cgroup) -> bytes:
     return cgroup.cgroup_id.to_bytes(8, sys.byteorder)
+
+
+def _used_at_ns(learned: bytes) -> int:
+    return int(kernel_abi.LEARNED.codec.unpack(learned)[2])
+
+
+def _says_other(value: bytes, before: bytes) -> bool:
+    """Whether two values of `learned` differ in more than when it was used, and a second of their ends."""
+    pattern, *ends = _pattern_and_ends(value)
+    pattern_before, *ends_before = _pattern_and_ends(before)
+    return pattern != pattern_before or any(
+        abs(end - end_before) > NANOSECONDS for end, end_before in zip(ends, ends_before, strict=True)
+    )
+
+
+def _pattern_and_ends(learned: bytes) -> tuple[int, int, int, int]:
+    expires_ns, pattern, _, unnamed_until, proxy_until = kernel_abi.LEARNED.codec.unpack(learned)
+    return pattern, expires_ns, unnamed_until, proxy_until
 
 
 def _u32(value: int) -> bytes:
