@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, ParamSpec
 
 from enforcer import (
     __version__,
@@ -54,6 +54,7 @@ from enforcer.bounds import Bounded, Room
 from enforcer.bpf import Loader
 from enforcer.denial import Refusal, host_name
 from enforcer.drift import Repairs, UnannouncedDrift
+from enforcer.faults import Faults
 from enforcer.guarding import Guard, judged_ports, listed_map, recognises
 from enforcer.kernel_abi import (
     DnsEvent,
@@ -67,6 +68,7 @@ from enforcer.kernel_abi import (
     ResolverTrust,
 )
 from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, combined, may_teach, permitted
+from enforcer.metrics import Fault
 from enforcer.overhearing import Overhearing, Packet
 from enforcer.packet_socket import PacketSockets
 from enforcer.policy import (
@@ -90,6 +92,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("registry-enforcer")
 
+REFUSED: Final = (nft.NftError, bpf.BpfError, OSError)  # what the kernel may say to anything, at any time
+_Parameters = ParamSpec("_Parameters")
 RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFRESH_MARGIN_SECONDS
 RESOLVE_CONCURRENCY = 16
 RESOLVE_PAUSE_SECONDS = 0.1  # of each of them between two names: spares the resolvers when a policy has thousands
@@ -217,6 +221,7 @@ class Enforcement:
         links: netlink.Netlink,
         cgroup: Path | None,
         audit_log: AuditLog,
+        saved: state.StateFile,
     ) -> None:
         self.options = options
         self.policy = policy
@@ -235,7 +240,11 @@ class Enforcement:
         self.cgroup_watch: procfs.CgroupWatch | None = None  # None: there is no cgroup v2
         self._audit_log = audit_log
         self._repairs = Repairs(self.metrics, self.auditor)
-        self._revoked: set[Destination] | None = None  # None: the table is not this daemon's yet
+        self.faults = Faults(self.metrics)
+        self._behind = False  # something was refused half-way, and not everything that is held is in the kernel
+        # What is revoked, and when the kernel's element ends, the first to end first; None: the table is not ours yet.
+        self._revoked: dict[Destination, float] | None = None
+        self._saved = saved
         self._firewall = firewall
         self._capabilities = capabilities
         self._kernel = kernel
@@ -254,7 +263,7 @@ class Enforcement:
         if capabilities.guards and isinstance(kernel, bpf.KernelState):
             self.guard = Guard(kernel, links, self._ended)
         self._ears: PacketSockets | None = None  # None: BPF reads the answers
-        self._cgroups: dict[str, MarkedScope] = {}  # paths with a scope of their own, as BPF knows them
+        self._cgroups: dict[str, procfs.Cgroup] = {}  # by path, those with a scope of their own, as BPF knows them
         self._cgroups_waiting: dict[str, procfs.Cgroup] = {}  # for a place in BPF's map
         self._table_present = firewall.present()  # an earlier daemon's
         self._ruleset_applied = False  # this one's
@@ -263,7 +272,6 @@ class Enforcement:
         self._redirects_lost: dict[ruleset.Redirected, int] = {}
         self._table_uncertain = False  # somebody may have changed it unseen
         self._interfaces = ""  # the text that told the table of them last
-        self._unsaved = False  # the last attempt to write the state file failed
         self._lost_seen = 0
         self._ways_out: frozenset[topology.Route] = frozenset()
         self._ranges: dict[bytes, bytes] = {}
@@ -312,7 +320,7 @@ class Enforcement:
             first_pass.add_done_callback(self._asked.discard)
         difference = self._difference(self._elements() if self._table_present else [], frozenset(adopted.forget))
         assert self.plan is not None  # follow_resolvers made it
-        self._revoked = self._revoked_elements() if self._table_present else set()
+        self._revoked = self._revoked_elements() if self._table_present else {}
         self._apply_ruleset(self.policy, self._render(difference))
         self._remember_revoked(difference)
         self._write_judge(self.policy)
@@ -407,14 +415,15 @@ class Enforcement:
     def _adopt_saved(self) -> Changes:
         """Hold what the state file remembers from before a reboot, as far as the policy still allows it."""
         try:
-            saved = state.load(self.options.state_dir)
+            saved = self._saved.load()
         except state.StateError as error:
             log.warning("%s; registries are learned anew", error)
             return Changes()
         now, wall_clock = self._now(), time.time()
         entries = []
         for entry in saved:
-            left = min(entry.expires_at - wall_clock, kernel_abi.LIFETIME_CEILING_SECONDS)  # the clock may have stepped
+            # The clock may have stepped: nothing lives longer than it would have when it was saved.
+            left = min(entry.expires_at - wall_clock, entry.seconds_left, kernel_abi.LIFETIME_CEILING_SECONDS)
             if left > 0 and self._still_held(self.index, entry):
                 entries.append(
                     LearnedAddress(entry.address, entry.port, entry.name, entry.rule, entry.pattern, now + left)
@@ -458,29 +467,25 @@ class Enforcement:
         return time.time() - self._now()
 
     def save(self) -> None:
-        """Write the state file; a failure is logged once and enforcement goes on."""
-        wall_clock_offset = self._wall_clock_offset()
+        """Write the state file; a failure is counted, said once, and enforcement goes on."""
+        now, wall_clock = self._now(), time.time()
         try:
-            state.save(
-                self.options.state_dir,
-                (
-                    state.SavedAddress(
-                        entry.address,
-                        entry.port,
-                        entry.name,
-                        entry.rule,
-                        entry.pattern,
-                        entry.expires_at + wall_clock_offset,
-                    )
-                    for entry in self.learned
-                ),
+            self._saved.save(
+                state.SavedAddress(
+                    entry.address,
+                    entry.port,
+                    entry.name,
+                    entry.rule,
+                    entry.pattern,
+                    expires_at=wall_clock + entry.expires_at - now,
+                    seconds_left=entry.expires_at - now,
+                )
+                for entry in self.learned
             )
         except state.StateError as error:
-            if not self._unsaved:
-                log.warning("%s; what is learned would be lost in a reboot", error)
-            self._unsaved = True
+            self.faults.met(Fault.STATE, error)
         else:
-            self._unsaved = False
+            self.faults.over(Fault.STATE)
 
     def _elements(self) -> list[ruleset.Element]:
         """What the learned sets hold; NftError if they are gone."""
@@ -586,6 +591,7 @@ class Enforcement:
         except nft.NftError as error:
             if not self._ruleset_applied:
                 raise
+            self.faults.met(Fault.NFTABLES, str(error).partition("\n")[0])
             self.restore_table(str(error).partition("\n")[0])
 
     def _apply_ruleset(self, policy: Policy, elements: str = "", *, afresh: bool = False) -> None:
@@ -633,8 +639,17 @@ class Enforcement:
 
     def _remember_revoked(self, changes: Changes) -> None:
         if self._revoked is not None:
-            self._revoked.difference_update(entry.destination for entry in changes.permit)
-            self._revoked.update(changes.withdraw)
+            for entry in changes.permit:
+                self._revoked.pop(entry.destination, None)
+            self._revoke(changes.withdraw)
+
+    def _revoke(self, destinations: Iterable[Destination]) -> None:
+        """Note what the table is told to judge at every packet, as long as the kernel keeps it."""
+        assert self._revoked is not None
+        ends_at = self._now() + ruleset.REVOKED_SECONDS
+        for destination in destinations:
+            self._revoked.pop(destination, None)
+            self._revoked[destination] = ends_at
 
     def _known_name(self, address: Address) -> tuple[str | None, str] | None:
         """(name, rule) of a permission that the address has on any port."""
@@ -692,12 +707,16 @@ class Enforcement:
                 continue
             self.metrics.own_queries.labels("answered").inc()
             self._unresolved.discard(name)
-            now = self._now()
-            entries = self._permissions(answer, now)
-            changes = self.learned.learn(entries, now)
-            # All of them: a holder that is new may let clients say more at an address that is not.
-            self._vouch(self.learned.longest(each.destination) for each in entries if each.destination in self.learned)
-            self._apply(changes)
+            self.surviving(self._hold)(answer)
+
+    def _hold(self, answer: dns_answer.DnsAnswer) -> None:
+        """What an answer to this daemon's own question permits."""
+        now = self._now()
+        entries = self._permissions(answer, now)
+        changes = self.learned.learn(entries, now)
+        # All of them: a holder that is new may let clients say more at an address that is not.
+        self._vouch(self.learned.longest(each.destination) for each in entries if each.destination in self.learned)
+        self._apply(changes)
 
     def _vouch(self, entries: Iterable[LearnedAddress]) -> None:
         """Have the hooks that are there vouch for these before the table knows them."""
@@ -835,13 +854,15 @@ class Enforcement:
                     if was_there and netlink.Attachment.MADE in results:
                         taken.add(self.plan.name_of(index))
             except netlink.NetlinkError as error:
+                if error.errno in procfs.EXHAUSTED:
+                    raise
                 # Nothing opens: without the program no answer teaches here and no packet is vouched for.
                 if index not in self._unattachable:
                     self._unattachable.add(index)
                     log.warning("interface %d takes no BPF program (%s): nothing is learned there", index, error)
         for index in self._attached.keys() - (self.plan.learn | self.plan.gate):
             del self._attached[index]
-        self._unattachable.intersection_update(self.plan.learn | self.plan.gate)
+        self._unattachable &= self.plan.learn | self.plan.gate
         return taken
 
     def _tell_interfaces(self) -> None:
@@ -860,7 +881,10 @@ class Enforcement:
         """Fit the programs to every change of interfaces, addresses, routes and filters."""
         with self._links.changes() as changes:
             async for changed in changes:
-                self.fit_interfaces(changed)
+                if netlink.Change.LOST in changed:
+                    self.faults.met(Fault.LINK_EVENTS, "all of them are read anew")
+                    self.faults.over(Fault.LINK_EVENTS)
+                self.surviving(self.fit_interfaces)(changed)
 
     def follow_resolvers(self, *, at_once: bool = False) -> None:
         """Trust the resolvers that the policy means now, and no others.
@@ -898,21 +922,37 @@ class Enforcement:
 
     def know_cgroups(self, known: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF which cgroups hold containers and engines: these and no others."""
-        known = list(known)
-        fitting = self._in_bpf[Bounded.CGROUPS].fit(known)
-        self._cgroups = {cgroup.path: cgroup.scope for cgroup in fitting}
-        self._cgroups_waiting = {cgroup.path: cgroup for cgroup in known[len(fitting) :]}
-        self._kernel.maps["cgroups"].replace_all({_cgroup_key(cgroup): _u32(cgroup.scope) for cgroup in fitting})
-        self._stamp(fitting)
+        self._cgroups, self._cgroups_waiting = {}, {cgroup.path: cgroup for cgroup in known}
+        self._seat_cgroups()
+        self._write_cgroups()
+
+    def _seat_cgroups(self) -> list[procfs.Cgroup]:
+        """Who gets a place in BPF's map now: what a user makes by the thousand is judged as what it is made in."""
+        wanted = [*self._cgroups, *self._cgroups_waiting]
+        fitting = self._in_bpf[Bounded.CGROUPS].fit(wanted)
+        entering = [self._cgroups_waiting.pop(path) for path in fitting[len(self._cgroups) :]]
+        self._cgroups |= {cgroup.path: cgroup for cgroup in entering}
+        return entering
+
+    def _write_cgroups(self) -> None:
+        known = self._cgroups.values()
+        self._kernel.maps["cgroups"].replace_all({_cgroup_key(cgroup): _u32(cgroup.scope) for cgroup in known})
+        self._stamp(known)
 
     def cgroups_changed(self, appeared: Iterable[procfs.Cgroup], vanished: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF of the difference."""
+        left = []
         for cgroup in vanished:
-            if self._cgroups.pop(cgroup.path, None) is not None:
-                self._kernel.maps["cgroups"].delete(_cgroup_key(cgroup))
             self._cgroups_waiting.pop(cgroup.path, None)
+            if self._cgroups.pop(cgroup.path, None) is not None:
+                left.append(cgroup)
         self._cgroups_waiting |= {cgroup.path: cgroup for cgroup in appeared}
-        self._let_cgroups_in()
+        entering = self._seat_cgroups()
+        cgroups = self._kernel.maps["cgroups"]
+        for cgroup in left:
+            cgroups.delete(_cgroup_key(cgroup))
+        cgroups.update_many((_cgroup_key(cgroup), _u32(cgroup.scope)) for cgroup in entering)
+        self._stamp(entering)
         if self._table_present and self._capabilities.scopes_in_nft:
             try:
                 self._apply_with_cgroups(
@@ -921,19 +961,14 @@ class Enforcement:
             except nft.NftError as error:
                 self.restore_table(str(error).partition("\n")[0])
 
-    def _let_cgroups_in(self) -> None:
-        """As many as there is room for: what a user makes by the thousand is judged as what it is made in."""
-        room = self._in_bpf[Bounded.CGROUPS]
-        known = [*self._cgroups, *self._cgroups_waiting]
-        entering = [self._cgroups_waiting.pop(path) for path in room.fit(known)[len(self._cgroups) :]]
-        self._kernel.maps["cgroups"].update_many((_cgroup_key(cgroup), _u32(cgroup.scope)) for cgroup in entering)
-        self._cgroups |= {cgroup.path: cgroup.scope for cgroup in entering}
-        self._stamp(entering)
-
     def _apply_with_cgroups(self, render: Callable[[Iterable[tuple[str, MarkedScope]]], str]) -> None:
         """Apply what names cgroups, which may vanish before nft has looked them up: then without those."""
         for _ in range(CGROUP_ATTEMPTS):
-            present = [each for each in self._cgroups.items() if self._cgroup and (self._cgroup / each[0]).exists()]
+            present = [
+                (path, cgroup.scope)
+                for path, cgroup in self._cgroups.items()
+                if self._cgroup and (self._cgroup / path).exists()
+            ]
             try:
                 self._firewall.apply(render(present if self._capabilities.scopes_in_nft else ()))
             except nft.NftError as error:
@@ -970,46 +1005,58 @@ class Enforcement:
         before, after = self._names, name_map(policy)
         names = self._kernel.maps["names"]
         narrowed = [key for key, value in before.items() if after.get(key) != value]
-        for key in narrowed:
-            names.delete(key)
         kept, changes = self.learned.narrowed(
             functools.partial(self._still_held, index), policy.learned_addresses, self._now()
         )
         assert self.plan is not None
         self._redirected = set(ruleset.Redirected)  # the operator may have let them in
-        self._stop_vouching((*changes.withdraw, *changes.forget))
         try:
+            for key in narrowed:
+                names.delete(key)
+            self._stop_vouching((*changes.withdraw, *changes.forget))
             self._apply_ruleset(policy, self._render(changes))
-        except nft.NftError as error:
-            names.update_many((key, before[key]) for key in narrowed)
-            # The guard lets out what BPF has learned, and nobody asks again for what a client has cached.
-            self._refresh_learned()
+        except REFUSED as error:
+            self.faults.met(Fault.NFTABLES if isinstance(error, nft.NftError) else Fault.KERNEL, error)
+            self.surviving(self._widen_again)()
             self.metrics.reloads.labels("failed").inc()
             log.error("the kernel refused the new ruleset, the policy in force stays: %s", error)
             self.auditor.policy_changed("the kernel refused the new ruleset, the policy in force stays")
             return f"the kernel refused the new ruleset: {error}"
+        self.faults.over(Fault.NFTABLES)
         before_it, self.policy, self.index, self.learned = self.policy, policy, index, kept
         self._names = after
         self._rules = {rule.name: rule for rule in policy.rules}
         self._unresolved.intersection_update(_exact_names(policy))
         self._remember_revoked(changes)
-        self._refresh_learned()
-        if self.guard is not None and (ended := self.guard.end_what_lost_its_name(before_it, policy)):
-            log.info("%d open connections are ended: their names are not allowed any more", ended)
-        if revocation.narrows(before_it, policy):
-            self._start(self._judge_connections_again(before_it))
-        names.update_many((key, value) for key, value in after.items() if before.get(key) != value)
-        self._write_judge(policy)
+        self._audit_log.follow_policy(policy.audit_file)
         if self._responder is not None:
             self._responder.contexts = None if authority is None else authority.context
-        self._audit_log.follow_policy(policy.audit_file)
-        self.follow_resolvers(at_once=True)
         self.ask_again.set()
+        self.surviving(self._widen)(before_it, before)
         self.metrics.reloads.labels("ok").inc()
         in_force = f"policy {policy.source} ({policy.digest[:12]}) is in force, mode {policy.mode.value}"
         log.info("%s", in_force)
         self.auditor.policy_changed(in_force)
         return None
+
+    def _widen(self, before_it: Policy, names_before: Mapping[bytes, bytes]) -> None:
+        """What a new policy allows, now that its table is in force and refuses the rest."""
+        policy = self.policy
+        self._refresh_learned()
+        if self.guard is not None and (ended := self.guard.end_what_lost_its_name(before_it, policy)):
+            log.info("%d open connections are ended: their names are not allowed any more", ended)
+        if revocation.narrows(before_it, policy):
+            self._start(self._judge_connections_again(before_it))
+        self._kernel.maps["names"].update_many(
+            (key, value) for key, value in self._names.items() if names_before.get(key) != value
+        )
+        self._write_judge(policy)
+        self.follow_resolvers(at_once=True)
+
+    def _widen_again(self) -> None:
+        """A reload that failed had narrowed BPF already; nobody asks again for what a client has cached."""
+        self._kernel.maps["names"].replace_all(self._names)
+        self._refresh_learned()
 
     async def _judge_connections_again(self, before: Policy) -> None:
         """Have the rules look at connections that `before` let through without a learned address."""
@@ -1020,19 +1067,32 @@ class Enforcement:
             return
         again = revocation.to_judge_again(before, self.policy, self.learned, connected)
         if again and self._revoked is not None and self._capabilities.remembers:
-            self._revoked.update(again)
+            self._revoke(again)
             self._change_table(ruleset.render_revoked(again))
             log.info("connections to %d destinations are judged again", len(again))
 
     def housekeeping(self) -> None:
-        """Forget what has expired; read from the kernel what its events could not carry."""
+        """Forget what has expired; read from the kernel what its events could not carry; put right what went wrong."""
         self.auditor.housekeeping()
+        try:
+            if self._behind:
+                self._catch_up()
+            self._keep_house()
+        except REFUSED as error:
+            self.refused_now(error)
+        else:
+            self._behind = False
+            self.faults.over(Fault.KERNEL)
+
+    def _keep_house(self) -> None:
         now = self._now()
         if self._retired and min(self._retired.values()) <= now * NANOSECONDS:
             self._retire({address: at for address, at in self._retired.items() if at > now * NANOSECONDS})
         learned = self._kernel.maps["learned"]
         for destination in self.learned.expire(now):
             learned.delete(kernel_abi.pack_learned_key(*destination))
+        while self._revoked and next(iter(self._revoked.values())) <= now:
+            del self._revoked[next(iter(self._revoked))]
         lost = self._lost()
         if lost > self._lost_seen:
             log.warning(
@@ -1043,7 +1103,8 @@ class Enforcement:
             if self._ears is not None:
                 self.ask_again.set()  # nobody else has read what was lost
         if self._drift is not None:
-            self._drift.repair(self._cgroups if self._capabilities.stamps_sockets else {})
+            scopes = {path: cgroup.scope for path, cgroup in self._cgroups.items()}
+            self._drift.repair(scopes if self._capabilities.stamps_sockets else {})
         if self._table_uncertain or not self._table_present:
             self.restore_table("the kernel had more events of nftables than it keeps")
         self.watch_redirects()
@@ -1056,10 +1117,47 @@ class Enforcement:
                     room.limit,
                 )
 
+    # --- what the kernel refuses for a moment ------------------------------------------------------------------------
+    def surviving(self, action: Callable[_Parameters, None]) -> Callable[_Parameters, None]:
+        """`action` for the event loop: what the kernel refuses in it ends nothing; housekeeping makes up for it."""
+
+        @functools.wraps(action)
+        def survived(*arguments: _Parameters.args, **named: _Parameters.kwargs) -> None:
+            try:
+                action(*arguments, **named)
+            except REFUSED as error:
+                if not self._ruleset_applied:
+                    raise
+                self.refused_now(error)
+
+        return survived
+
+    def refused_now(self, error: Exception) -> None:
+        """Something was refused, perhaps half-way. Raises `error` if that has been so for a minute."""
+        self._behind = True
+        self.faults.met(Fault.KERNEL, str(error).partition("\n")[0])
+        if self.faults.lasts(Fault.KERNEL):
+            raise error
+
+    def _catch_up(self) -> None:
+        """Tell the kernel all that is held, whatever it was told when it refused; the narrower first."""
+        self._kernel.maps["names"].replace_all(self._names)
+        self._adopt_learned()  # and deletes what nobody allows
+        self._write_cgroups()
+        self._ranges = {}
+        self.follow_resolvers()
+        self._retire(self._retired)
+        self._write_table()
+        self._refresh_learned()
+        self._write_judge(self.policy)
+        self.ask_again.set()
+
     # --- drift of the table ------------------------------------------------------------------------------------------
     def suspect_table(self) -> None:
         """Events of nftables were lost: somebody may have changed the table."""
         self._table_uncertain = True
+        self.faults.met(Fault.TABLE_EVENTS, "the table is written anew")
+        self.faults.over(Fault.TABLE_EVENTS)
 
     def restore_table(self, detail: str = "its rules or elements") -> None:
         """Somebody else has changed the table, or taken it away: write it whole, with everything that is held."""
@@ -1068,32 +1166,39 @@ class Enforcement:
             self._write_table()
         except nft.NftError as error:
             self._table_present = False
+            self.faults.met(Fault.NFTABLES, str(error).partition("\n")[0])
             self._repairs.failed(Drifted.TABLE, error)
         else:
+            self.faults.over(Fault.NFTABLES)
             self._repairs.made(Drifted.TABLE, detail)
 
     def _write_table(self) -> None:
         try:
-            elements, held = self._elements(), self._revoked_elements()
+            elements, held = self._elements(), self._revoked_elements().keys()
         except nft.NftError:  # gone, with the sets or the table
-            elements, held = [], set()
+            elements, held = [], {}.keys()
         difference = self._difference(elements)
-        text = self._render(difference) + ruleset.render_revoked((self._revoked or set()) - held)
+        text = self._render(difference) + ruleset.render_revoked((self._revoked or {}).keys() - held)
         try:
             self._apply_ruleset(self.policy, text)
         except nft.NftError:
             # Something of another kind has the name of a part of it.
             difference = self._difference([])
-            text = self._render(difference) + ruleset.render_revoked(self._revoked or set())
+            text = self._render(difference) + ruleset.render_revoked(self._revoked or {})
             self._apply_ruleset(self.policy, text, afresh=True)
         self._remember_revoked(difference)
         self._table_present = True
         self._interfaces = ""
         self._redirects_lost = self._count_redirects_lost()
 
-    def _revoked_elements(self) -> set[Destination]:
+    def _revoked_elements(self) -> dict[Destination, float]:
+        """What the table judges at every packet, and when it ends."""
         held = self._firewall.revoked() if self._capabilities.remembers else []
-        return {(element.address, element.port) for element in held}
+        now = self._now()
+        return {
+            (element.address, element.port): now + element.lifetime_seconds
+            for element in sorted(held, key=lambda element: element.lifetime_seconds)
+        }
 
     def _lost(self) -> int:
         return self._count(Outcome.EVENT_LOST) + (self._ears.lost if self._ears is not None else 0)
@@ -1150,12 +1255,13 @@ class Enforcement:
         if not lost.keys() == before.keys() == set(ruleset.Redirected):
             self._redirects_lost = lost
             return
-        if any(lost[way] > before[way] for way in self._redirected):
+        watched = self._redirected & lost.keys()  # without the table, none
+        if any(lost[way] > before[way] for way in watched):
             # A packet may have come between the readings of its two counters; what was dropped stays so.
             again = self._count_redirects_lost()
-            lost = {way: min(lost[way], again[way]) for way in lost}
+            lost = {way: min(lost[way], again.get(way, lost[way])) for way in lost}
         self._redirects_lost = {way: max(lost[way], before[way]) for way in lost}
-        dropped = {way for way in self._redirected if lost[way] > before[way]}
+        dropped = {way for way in watched if lost[way] > before[way]}
         if not dropped:
             return
         self._redirected -= dropped

@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 
-from enforcer import bpf, catalogue, conntrack, kernel_abi, netlink
+from enforcer import bpf, catalogue, conntrack, kernel_abi, netlink, procfs
 from enforcer.bounds import Room
 from enforcer.denial import TLS_ALERT
 from enforcer.kernel_abi import (
@@ -166,6 +166,8 @@ class Guard:
                 if was_there and attachment is netlink.Attachment.MADE:
                     taken.add(interface.name)
             except netlink.NetlinkError as error:
+                if error.errno in procfs.EXHAUSTED:
+                    raise
                 if interface.index not in self._unattachable:
                     self._unattachable.add(interface.index)
                     log.warning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import errno
 import logging
 import math
@@ -40,6 +41,17 @@ _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]{1,1000}) HTTP/1\.[01]\r\n")
 
 log = logging.getLogger("registry-enforcer")
+
+
+class Fault(enum.Enum):
+    """What was refused for a moment, and is tried again."""
+
+    NFTABLES = "nftables"  # a transaction
+    KERNEL = "kernel"  # any other request: BPF, netlink, a descriptor, a file of /proc or /sys
+    LINK_EVENTS = "link-events"  # lost, and everything is read anew
+    TABLE_EVENTS = "table-events"  # the same of nftables
+    STATE = "state"  # the state file
+    CLIENTS = "clients"  # a connection to the metrics or the control socket
 
 
 class MetricsError(Exception):
@@ -111,6 +123,14 @@ class Metrics(Collector):
         )
         for what in Drifted:
             self.drift_repairs.labels(what.value)
+        self.faults = Counter(
+            "enforcer_faults",
+            "What the kernel or a disk refused for a moment, and was or will be tried again, by what it was.",
+            ["what"],
+            registry=self.registry,
+        )
+        for fault in Fault:
+            self.faults.labels(fault.value)
         self.learn_seconds = Histogram(
             "enforcer_learn_seconds",
             "From the arrival of a DNS answer to its addresses being in the nftables set.",

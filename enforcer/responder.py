@@ -47,6 +47,7 @@ MAX_CLIENTS = 512
 FIRST_BYTE_SECONDS = 1.0
 DECISION_SECONDS = 2.0
 LINGER_SECONDS = 1.0  # for the client to read its answer; closed earlier with unread bytes, it would see a reset
+EXHAUSTED_SECONDS = 0.25  # between two attempts to accept where there are no descriptors
 MAX_READS = 64  # of one client: each parses all over again
 _BACKLOG = 4_096
 _ACCEPTS_AT_ONCE = 64  # then the loop's other work gets its turn
@@ -77,6 +78,7 @@ class Responder:
         self._crowds: dict[Address, dict[_Client, None]] = {}  # the same by address
         self._tasks: set[asyncio.Task[None]] = set()
         self._turned_away = 0
+        self._resume: dict[socket.socket, asyncio.TimerHandle] = {}  # listeners that wait for a descriptor
 
     def __enter__(self) -> Self:
         self._listeners = _listen()
@@ -89,6 +91,8 @@ class Responder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        for timer in self._resume.values():
+            timer.cancel()
         for listener in self._listeners:
             self._loop.remove_reader(listener)
             listener.close()
@@ -116,6 +120,9 @@ class Responder:
                 if error.errno not in _EXHAUSTED:
                     continue  # that connection's fault, accept(2)
                 if not self._clients:
+                    # Nobody here can make room: asked at once again, the socket would keep the loop busy for nothing.
+                    self._loop.remove_reader(listener)
+                    self._resume[listener] = self._loop.call_later(EXHAUSTED_SECONDS, self._listen_again, listener)
                     return
                 self._make_room()
                 continue
@@ -130,6 +137,10 @@ class Responder:
             client = _Client(self, connection, source, destination, scope)
             self._clients[client] = None
             self._crowds.setdefault(source[0], {})[client] = None
+
+    def _listen_again(self, listener: socket.socket) -> None:
+        del self._resume[listener]
+        self._loop.add_reader(listener, self._accept, listener)
 
     def _make_room(self) -> None:
         largest: dict[_Client, None] = max(self._crowds.values(), key=len)

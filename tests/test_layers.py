@@ -28,6 +28,7 @@ TOP = {
     "enforcement",
     "auditing",
     "drift",
+    "faults",
     "guarding",
     "without_bpf",
     "doctor",

@@ -167,6 +167,11 @@ def hold(key: str, name: str, port: int) -> Reply:
     return {}
 
 
+def drop(key: str) -> None:
+    """Close a connection that `hold` opened."""
+    _held.pop(key).close()
+
+
 def talk(key: str) -> Reply:
     """Speak HTTP over a held connection, once, and close it."""
     started = time.monotonic()
@@ -342,6 +347,15 @@ def flood(server: str, name: str, rate: int, seconds: float) -> Reply:
     return {"asked": asked, "answers": answers, "seconds": seconds}
 
 
+def flood_connects(address: str, port: int, count: int) -> int:
+    """Begin `count` connections and wait for none of them."""
+    for _ in range(count):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as connection:
+            connection.setblocking(False)
+            connection.connect_ex((address, port))
+    return count
+
+
 # --- a prober that never stops ---------------------------------------------------------------------------------------
 class _Prober:
     """Connects again and again in a thread, so that a gap in enforcement cannot hide between two tests."""
@@ -352,6 +366,7 @@ class _Prober:
         self.stopping = threading.Event()
         self.verdicts: dict[str, int] = {}
         self.slowest = 0.0
+        self.odd: list[Reply] = []  # the first that were neither reached nor refused
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
 
@@ -359,14 +374,18 @@ class _Prober:
         while not self.stopping.wait(self.pause):
             reply = attempt(*self.target)
             # Who is told no loses the responder when the rules that led there go; that is not to have got out.
-            verdict = "unanswered" if reply["verdict"] == "reached" and not reply["answered"] else reply["verdict"]
+            told_nothing = reply["verdict"] == "reached" and not reply["answered"]
+            told_nothing |= reply["message"] == os.strerror(errno.EPIPE)
+            verdict = "unanswered" if told_nothing else reply["verdict"]
             self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
             self.slowest = max(self.slowest, reply["seconds"])
+            if verdict not in ("reached", "refused") and len(self.odd) < 3:
+                self.odd.append({**reply, "at": time.time()})
 
     def stop(self) -> Reply:
         self.stopping.set()
         self.thread.join()
-        return {"verdicts": self.verdicts, "slowest": self.slowest}
+        return {"verdicts": self.verdicts, "slowest": self.slowest, "odd": self.odd}
 
 
 _probers: dict[str, _Prober] = {}
@@ -379,15 +398,18 @@ def probe_start(key: str, address: str, port: int, timeout: float = 2, pause: fl
 
 
 def probe_stop(key: str) -> Reply:
-    """Stop it: `verdicts` counts them, `slowest` is in seconds. "unanswered": connected, and nobody said a word."""
+    """Stop it: `verdicts` counts them, `slowest` is in seconds, `odd` are some that were neither. "unanswered":
+    connected, and nobody said a word.
+    """
     return _probers.pop(key).stop()
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     operation.__name__: operation
     for operation in (
-        attempt, ask, connect, connect_each, connections_per_second, exchange, flood, flood_names, forge, hang_up, hold,
-        http_get, probe_start, probe_stop, replace_file, resolve, send_datagram, send_from, send_packet, storm, talk,
+        attempt, ask, connect, connect_each, connections_per_second, drop, exchange, flood, flood_connects, flood_names,
+        forge, hang_up, hold, http_get, probe_start, probe_stop, replace_file, resolve, send_datagram, send_from,
+        send_packet, storm, talk,
     )
 }  # fmt: skip
 
