@@ -134,6 +134,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce, wra
             watch = stack.enter_context(
                 procfs.CgroupWatch(cgroup, surviving(enforcement.cgroups_changed), enforcement.refused_now)
             )
+            enforcement.cgroup_watch = watch
             enforcement.know_cgroups(watch.known.values())
         resolver_files = procfs.RESOLV_CONF, *procfs.UPSTREAM_RESOLV_CONFS
         stack.enter_context(
@@ -164,7 +165,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce, wra
                 raise ValueError(f"the kernel does not tell now: {error}; ask again") from None
 
         loop.add_signal_handler(signal.SIGHUP, reload)
-        async with control.serve(options.run_dir, answer):
+        async with control.serve(options.run_dir, answer, enforcement.askers):
             announce(policy, f"no metrics: {served.problem}" if served.problem else f"metrics at {served.url}")
             systemd.ready(_in_force(policy))
             async with asyncio.TaskGroup() as group:

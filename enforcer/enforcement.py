@@ -32,6 +32,7 @@ from enforcer import (
     auditing,
     bpf,
     conntrack,
+    control,
     dns_answer,
     kernel_abi,
     ladder,
@@ -49,6 +50,7 @@ from enforcer import (
 )
 from enforcer.audit import AuditLog
 from enforcer.audit_record import Drifted, Kind, Report
+from enforcer.bounds import Bounded, Room
 from enforcer.bpf import Loader
 from enforcer.denial import Refusal, host_name
 from enforcer.drift import Repairs, UnannouncedDrift
@@ -97,6 +99,7 @@ UNRESOLVED_SECONDS = 15.0  # until it is asked again for what no resolver has an
 RESOLVE_CONCURRENCY = 16
 RESOLVE_PAUSE_SECONDS = 0.1  # of each of them between two names: spares the resolvers when a policy has thousands
 FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
+UNREADABLE_AT_ONCE = 256  # names of answers that BPF could not read, being asked for
 CGROUP_ATTEMPTS = 5  # at a text that names cgroups
 NANOSECONDS = 1_000_000_000
 
@@ -225,7 +228,8 @@ class Enforcement:
         self.policy = policy
         self.index = NameIndex(policy)
         self._rules = {rule.name: rule for rule in policy.rules}
-        self.learned = LearnedAddresses(last_used=self._last_used)
+        self._names: dict[bytes, bytes] = {}  # what BPF knows of them, from start() on
+        self.learned = LearnedAddresses(policy.learned_addresses, last_used=self._last_used)
         self.resolvers: tuple[Address, ...] = ()
         self._retired: dict[Address, int] = {}  # resolvers until a moment ago -> when their last answers are too late
         self.plan: topology.AttachmentPlan | None = None
@@ -234,6 +238,7 @@ class Enforcement:
         self.metrics_server: metrics.Server | None = None  # None: nobody is to be served
         self.auditor = auditing.Auditor(audit_log, kernel, cgroup, self._known_name)
         self.reports: nflog.RefusalReader | None = None  # None: the kernel reports no refused packets
+        self.cgroup_watch: procfs.CgroupWatch | None = None  # None: there is no cgroup v2
         self._audit_log = audit_log
         self._repairs = Repairs(self.metrics, self.auditor)
         self.faults = Faults(self.metrics)
@@ -259,7 +264,8 @@ class Enforcement:
         if capabilities.guards and isinstance(kernel, bpf.KernelState):
             self.guard = Guard(kernel, links, self._ended)
         self._ears: PacketSockets | None = None  # None: BPF reads the answers
-        self._cgroups: dict[str, procfs.Cgroup] = {}  # by path, those with a scope of their own
+        self._cgroups: dict[str, procfs.Cgroup] = {}  # by path, those with a scope of their own, as BPF knows them
+        self._cgroups_waiting: dict[str, procfs.Cgroup] = {}  # for a place in BPF's map
         self._table_present = firewall.present()  # an earlier daemon's
         self._ruleset_applied = False  # this one's
         self._responder: responder.Responder | None = None
@@ -274,6 +280,15 @@ class Enforcement:
         self._unattachable: set[int] = set()  # interfaces that refused it, each logged once
         self._unresolved: set[str] = set()  # exact names whose last own question failed, each logged once
         self._asking: set[str] = set()  # names of unreadable answers that are being asked for
+        self.askers = Room(control.MAX_ASKERS)
+        self._questions = Room(UNREADABLE_AT_ONCE)
+        # What does not fit into a map of BPF is left out: to fail would end the daemon at the will of others.
+        self._in_bpf = {
+            Bounded.RESOLVERS: Room(kernel_abi.MAX_RESOLVERS),
+            Bounded.CGROUPS: Room(kernel_abi.MAX_CGROUPS),
+            Bounded.OWN_RANGES: Room(kernel_abi.MAX_RANGES),
+        }
+        self._reached: set[Bounded] = set()  # each said once
         self._asked: set[asyncio.Task[None]] = set()
 
     # --- start -------------------------------------------------------------------------------------------------------
@@ -290,12 +305,12 @@ class Enforcement:
                 for name, scope in attribution.PROGRAM_SCOPES.items()
             }
         )
-        wanted = name_map(self.policy)
-        maps["names"].replace_all(wanted)
+        self._names = name_map(self.policy)
+        maps["names"].replace_all(self._names)
         self.follow_resolvers()
         # Held now, brought to the table below: an earlier daemon's has nearly all of it.
-        self._adopt_learned()
-        self._adopt_saved()
+        adopted = combined((self._adopt_learned(), self._adopt_saved()))
+        self._stop_vouching(adopted.forget)
         self._refresh_learned()  # a new build's maps, or those of before a reboot, know nothing
         self._attach_hooks()
         first_pass = asyncio.create_task(self.ask_for_names())
@@ -304,7 +319,7 @@ class Enforcement:
             log.warning("not all names of the policy are resolved yet; enforcing now, the rest follows")
             self._asked.add(first_pass)
             first_pass.add_done_callback(self._asked.discard)
-        difference = self._difference(self._elements() if self._table_present else [])
+        difference = self._difference(self._elements() if self._table_present else [], frozenset(adopted.forget))
         assert self.plan is not None  # follow_resolvers made it
         self._revoked = self._revoked_elements() if self._table_present else {}
         self._apply_ruleset(self.policy, self._render(difference))
@@ -398,13 +413,13 @@ class Enforcement:
             log.info("took over %d learned permissions from the kernel", len(entries))
         return self.learned.learn(entries, self._now())
 
-    def _adopt_saved(self) -> None:
+    def _adopt_saved(self) -> Changes:
         """Hold what the state file remembers from before a reboot, as far as the policy still allows it."""
         try:
             saved = self._saved.load()
         except state.StateError as error:
             log.warning("%s; registries are learned anew", error)
-            return
+            return Changes()
         now, wall_clock = self._now(), time.time()
         entries = []
         for entry in saved:
@@ -414,7 +429,7 @@ class Enforcement:
                 entries.append(
                     LearnedAddress(entry.address, entry.port, entry.name, entry.rule, entry.pattern, now + left)
                 )
-        self.learned.learn(entries, now)
+        return self.learned.learn(entries, now)
 
     def _holders(
         self, index: NameIndex, pattern: HostPattern, destination: Destination
@@ -427,8 +442,14 @@ class Enforcement:
 
     def _still_held(self, index: NameIndex, entry: LearnedAddress | state.SavedAddress) -> bool:
         """Whether the policy of `index` would permit `entry` for the same reason."""
-        holders = self._holders(index, entry.pattern, (entry.address, entry.port))
-        return any((rule.name, pattern) == (entry.rule, entry.pattern) for rule, pattern in holders)
+        rule = self._rule_of(index, entry.rule, entry.pattern)
+        return rule is not None and entry.port in rule.ports and may_teach(self._classify(entry.address), rule)
+
+    @staticmethod
+    def _rule_of(index: NameIndex, name: str, pattern: HostPattern) -> Rule | None:
+        """The rule of this name, if it has the pattern."""
+        covering = index.covering(pattern.name, wildcard=pattern.wildcard)
+        return next((rule for rule, covered in covering if covered == pattern and rule.name == name), None)
 
     def _now(self) -> float:
         """Seconds on the clock of the BPF programs."""
@@ -437,7 +458,7 @@ class Enforcement:
     def _used_at_ns(self, destination: Destination) -> int:
         """When a connection went there last, as far as BPF knows; 0: never."""
         value = self._kernel.maps["learned"].lookup(kernel_abi.pack_learned_key(*destination))
-        return 0 if value is None else int(kernel_abi.LEARNED.codec.unpack(value)[2])
+        return 0 if value is None else _used_at_ns(value)
 
     def _last_used(self, destination: Destination) -> float:
         return (self._used_at_ns(destination) or -math.inf) / NANOSECONDS
@@ -471,17 +492,24 @@ class Enforcement:
         """What the learned sets hold; NftError if they are gone."""
         return self._firewall.learned() if self._capabilities.remembers else []
 
-    def _difference(self, elements: Iterable[ruleset.Element]) -> Changes:
-        """What makes of these elements of the table those that are held."""
+    def _difference(
+        self, elements: Iterable[ruleset.Element], forgotten: frozenset[Destination] = frozenset()
+    ) -> Changes:
+        """What makes of these elements of the table those that are held; who made room keeps his connections."""
         now = self._now()
         seconds_left = {(element.address, element.port): element.lifetime_seconds for element in elements}
         permit = (
             entry
-            for entry in self._longest()
+            for entry in self.learned.longest_of_each()
             if abs(entry.expires_at - now - seconds_left.get(entry.destination, -math.inf))
             > kernel_abi.REFRESH_MARGIN_SECONDS
         )
-        return Changes(tuple(permit), tuple(held for held in seconds_left if held not in self.learned))
+        strange = [held for held in seconds_left if held not in self.learned]
+        return Changes(
+            tuple(permit),
+            withdraw=tuple(held for held in strange if held not in forgotten),
+            forget=tuple(held for held in strange if held in forgotten),
+        )
 
     # --- DNS events --------------------------------------------------------------------------------------------------
     def take_events(self, reader: bpf.EventReader) -> None:
@@ -635,11 +663,6 @@ class Enforcement:
         rule_name = revocation.lists_address(self.policy, address)
         return None if rule_name is None else (None, rule_name)
 
-    def _longest(self) -> Iterator[LearnedAddress]:
-        """For each destination the permission that ends last."""
-        for destination in {entry.destination for entry in self.learned}:
-            yield self.learned.longest(destination)
-
     # --- own questions -----------------------------------------------------------------------------------------------
     async def ask_for_names(self, *, unresolved: bool = False) -> None:
         """Ask for every exact name of the policy, a few at a time and no faster than the lifetimes demand.
@@ -648,8 +671,7 @@ class Enforcement:
         """
         if not self._teachers():
             return  # why not is in the log; a way to one has them asked for (fit_interfaces)
-        exact = {host.name for rule in self.policy.rules for host in rule.hosts if not host.wildcard}
-        self._unresolved &= exact
+        exact = _exact_names(self.policy)
         names = sorted(self._unresolved if unresolved else exact)
         pause_seconds = min(RESOLVE_PAUSE_SECONDS, RESOLVE_PERIOD_SECONDS * RESOLVE_CONCURRENCY / (2 * len(names) + 1))
         remaining = iter(names)
@@ -716,12 +738,12 @@ class Enforcement:
         self._kernel.maps["learned"].update_many(
             (
                 kernel_abi.pack_learned_key(*entry.destination),
-                self._learned_value(entry),
+                self._learned_value(entry, self._used_at_ns(entry.destination)),
             )
             for entry in entries
         )
 
-    def _learned_value(self, entry: LearnedAddress) -> bytes:
+    def _learned_value(self, entry: LearnedAddress, used_at_ns: int) -> bytes:
         """What BPF's `learned` holds of a destination; of what may be said there the most lenient holder decides."""
         unnamed_until = proxy_until = 0.0
         for holder in self.learned.holders(entry.destination) or (entry,):
@@ -733,7 +755,7 @@ class Enforcement:
         return kernel_abi.pack_learned(
             int(entry.expires_at * NANOSECONDS),
             pattern_id(entry.pattern),
-            used_at=self._used_at_ns(entry.destination),
+            used_at=used_at_ns,
             unnamed_until=int(unnamed_until * NANOSECONDS),
             proxy_until=int(proxy_until * NANOSECONDS),
         )
@@ -741,7 +763,17 @@ class Enforcement:
     def _refresh_learned(self) -> None:
         """Bring BPF to what is held: after a change of policy other things may be said at the addresses that stay."""
         if self._ears is None:
-            self._vouch(self._longest())
+            learned = self._kernel.maps["learned"]
+            known = dict(learned.items())  # at once: a look-up for each would take most of a reload's time
+            changed = {}
+            for entry in self.learned.longest_of_each():
+                key = kernel_abi.pack_learned_key(*entry.destination)
+                before = known.get(key)
+                used_at = 0 if before is None else _used_at_ns(before)
+                value = self._learned_value(entry, used_at)
+                if before is None or _says_other(value, before):
+                    changed[key] = value
+            learned.update_many(changed.items())
 
     def _teachers(self) -> tuple[Address, ...]:
         """The trusted resolvers but those behind an internal interface, where a container could answer for them."""
@@ -756,6 +788,10 @@ class Enforcement:
         except dns_answer.DnsAnswerError:
             return  # BPF matched a listed name before it gave up, so this was cut on the way: nothing was permitted
         if not self.index.match(name) or name in self._asking:
+            return
+        if len(self._asking) >= UNREADABLE_AT_ONCE:
+            # A wildcard's owner has as many names as he likes, and each takes a socket. Nothing was permitted.
+            self._questions.turned_away += 1
             return
 
         async def ask() -> None:
@@ -787,12 +823,10 @@ class Enforcement:
         known_routes = self._links.routes()
         self.plan = topology.plan_attachments(self._links.interfaces(), known_routes, routes, wsl=procfs.is_wsl())
         look_again = bool(changed & netlink.Change.TRAFFIC_CONTROL)  # somebody touched filters
+        known = (*dns_answer.SPECIAL_RANGES, *((network, RangeClass.NEVER) for network in self.plan.own_ranges))
         ranges = {
             kernel_abi.pack_range_key(network.network_address, network.prefixlen): _u32(range_class)
-            for network, range_class in (
-                *dns_answer.SPECIAL_RANGES,
-                *((network, RangeClass.NEVER) for network in self.plan.own_ranges),
-            )
+            for network, range_class in self._in_bpf[Bounded.OWN_RANGES].fit(known)
         }
         if ranges != self._ranges:
             self._kernel.maps["ranges"].replace_all(ranges)
@@ -876,7 +910,7 @@ class Enforcement:
         wanted = list(self.policy.resolvers.addresses)
         if self.policy.resolvers.auto:
             wanted += procfs.trusted_resolvers()
-        resolvers = tuple(dict.fromkeys(wanted))
+        resolvers = tuple(self._in_bpf[Bounded.RESOLVERS].fit(tuple(dict.fromkeys(wanted))))
         if resolvers == self.resolvers and self.plan is not None:
             return
         now = self._kernel.now_ns()
@@ -903,8 +937,17 @@ class Enforcement:
 
     def know_cgroups(self, known: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF which cgroups hold containers and engines: these and no others."""
-        self._cgroups = {cgroup.path: cgroup for cgroup in known}
+        self._cgroups, self._cgroups_waiting = {}, {cgroup.path: cgroup for cgroup in known}
+        self._seat_cgroups()
         self._write_cgroups()
+
+    def _seat_cgroups(self) -> list[procfs.Cgroup]:
+        """Who gets a place in BPF's map now: what a user makes by the thousand is judged as what it is made in."""
+        wanted = [*self._cgroups, *self._cgroups_waiting]
+        fitting = self._in_bpf[Bounded.CGROUPS].fit(wanted)
+        entering = [self._cgroups_waiting.pop(path) for path in fitting[len(self._cgroups) :]]
+        self._cgroups |= {cgroup.path: cgroup for cgroup in entering}
+        return entering
 
     def _write_cgroups(self) -> None:
         known = self._cgroups.values()
@@ -913,16 +956,18 @@ class Enforcement:
 
     def cgroups_changed(self, appeared: Iterable[procfs.Cgroup], vanished: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF of the difference."""
-        appeared, vanished = list(appeared), list(vanished)
+        left = []
         for cgroup in vanished:
-            self._cgroups.pop(cgroup.path, None)
-        self._cgroups |= {cgroup.path: cgroup for cgroup in appeared}
+            self._cgroups_waiting.pop(cgroup.path, None)
+            if self._cgroups.pop(cgroup.path, None) is not None:
+                left.append(cgroup)
+        self._cgroups_waiting |= {cgroup.path: cgroup for cgroup in appeared}
+        entering = self._seat_cgroups()
         cgroups = self._kernel.maps["cgroups"]
-        for cgroup in vanished:
+        for cgroup in left:
             cgroups.delete(_cgroup_key(cgroup))
-        for cgroup in appeared:
-            cgroups.update(_cgroup_key(cgroup), _u32(cgroup.scope))
-        self._stamp(appeared)
+        cgroups.update_many((_cgroup_key(cgroup), _u32(cgroup.scope)) for cgroup in entering)
+        self._stamp(entering)
         if self._table_present and self._capabilities.scopes_in_nft:
             try:
                 self._apply_with_cgroups(
@@ -972,16 +1017,18 @@ class Enforcement:
             self.auditor.policy_changed(f"{error}: the policy in force stays")
             return str(error)
         index = NameIndex(policy)
-        before, after = name_map(self.policy), name_map(policy)
+        before, after = self._names, name_map(policy)
         names = self._kernel.maps["names"]
         narrowed = [key for key, value in before.items() if after.get(key) != value]
-        kept, changes = self.learned.narrowed(functools.partial(self._still_held, index))
+        kept, changes = self.learned.narrowed(
+            functools.partial(self._still_held, index), policy.learned_addresses, self._now()
+        )
         assert self.plan is not None
         self._redirected = set(ruleset.Redirected)  # the operator may have let them in
         try:
             for key in narrowed:
                 names.delete(key)
-            self._stop_vouching(changes.withdraw)
+            self._stop_vouching((*changes.withdraw, *changes.forget))
             self._apply_ruleset(policy, self._render(changes))
         except REFUSED as error:
             self.faults.met(Fault.NFTABLES if isinstance(error, nft.NftError) else Fault.KERNEL, error)
@@ -992,35 +1039,38 @@ class Enforcement:
             return f"the kernel refused the new ruleset: {error}"
         self.faults.over(Fault.NFTABLES)
         before_it, self.policy, self.index, self.learned = self.policy, policy, index, kept
+        self._names = after
         self._rules = {rule.name: rule for rule in policy.rules}
+        self._unresolved.intersection_update(_exact_names(policy))
         self._remember_revoked(changes)
         self._audit_log.follow_policy(policy.audit_file)
         if self._responder is not None:
             self._responder.contexts = None if authority is None else authority.context
         self.ask_again.set()
-        self.surviving(self._widen)(before_it)
+        self.surviving(self._widen)(before_it, before)
         self.metrics.reloads.labels("ok").inc()
         in_force = f"policy {policy.source} ({policy.digest[:12]}) is in force, mode {policy.mode.value}"
         log.info("%s", in_force)
         self.auditor.policy_changed(in_force)
         return None
 
-    def _widen(self, before_it: Policy) -> None:
+    def _widen(self, before_it: Policy, names_before: Mapping[bytes, bytes]) -> None:
         """What a new policy allows, now that its table is in force and refuses the rest."""
         policy = self.policy
-        before, after = name_map(before_it), name_map(policy)
         self._refresh_learned()
         if self.guard is not None and (ended := self.guard.end_what_lost_its_name(before_it, policy)):
             log.info("%d open connections are ended: their names are not allowed any more", ended)
         if revocation.narrows(before_it, policy):
             self._start(self._judge_connections_again(before_it))
-        self._kernel.maps["names"].update_many((key, value) for key, value in after.items() if before.get(key) != value)
+        self._kernel.maps["names"].update_many(
+            (key, value) for key, value in self._names.items() if names_before.get(key) != value
+        )
         self._write_judge(policy)
         self.follow_resolvers(at_once=True)
 
     def _widen_again(self) -> None:
-        """A reload that failed had narrowed BPF already."""
-        self._kernel.maps["names"].replace_all(name_map(self.policy))
+        """A reload that failed had narrowed BPF already; nobody asks again for what a client has cached."""
+        self._kernel.maps["names"].replace_all(self._names)
         self._refresh_learned()
 
     async def _judge_connections_again(self, before: Policy) -> None:
@@ -1073,6 +1123,14 @@ class Enforcement:
         if self._table_uncertain or not self._table_present:
             self.restore_table("the kernel had more events of nftables than it keeps")
         self.watch_redirects()
+        for what, room in self._rooms().items():
+            if room.turned_away and what not in self._reached:
+                self._reached.add(what)
+                log.warning(
+                    "%s: all %d places are taken; enforcer_bound_reached_total counts what finds none",
+                    what.value,
+                    room.limit,
+                )
 
     # --- what the kernel refuses for a moment ------------------------------------------------------------------------
     def surviving(self, action: Callable[_Parameters, None]) -> Callable[_Parameters, None]:
@@ -1098,7 +1156,7 @@ class Enforcement:
 
     def _catch_up(self) -> None:
         """Tell the kernel all that is held, whatever it was told when it refused; the narrower first."""
-        self._kernel.maps["names"].replace_all(name_map(self.policy))
+        self._kernel.maps["names"].replace_all(self._names)
         self._adopt_learned()  # and deletes what nobody allows
         self._write_cgroups()
         self._ranges = {}
@@ -1345,7 +1403,7 @@ class Enforcement:
         return "gate" if index in self.plan.gate else ""
 
     def _snapshot(self) -> metrics.Snapshot:
-        families = collections.Counter(f"ipv{entry.address.version}" for entry in self._longest())
+        families = collections.Counter(f"ipv{entry.address.version}" for entry in self.learned.longest_of_each())
         return metrics.Snapshot(
             enforcing=self.policy.mode is Mode.ENFORCE and self._table_present,
             mode=self.policy.mode.value,
@@ -1362,7 +1420,26 @@ class Enforcement:
             evicted=self.learned.evicted,
             events_lost=self._lost(),
             audit_dropped=self.auditor.dropped(self.reports.lost if self.reports else 0),
+            rooms=self._rooms(),
         )
+
+    def _rooms(self) -> dict[Bounded, Room]:
+        rooms = {
+            Bounded.LEARNED: Room(self.learned.capacity, self.learned.permissions, self.learned.evicted),
+            Bounded.OWN_QUESTIONS: Room(UNREADABLE_AT_ONCE, len(self._asking), self._questions.turned_away),
+            Bounded.CONTROL_CLIENTS: self.askers,
+            **self._in_bpf,
+            **self.auditor.rooms(),
+        }
+        if self.guard is not None:
+            rooms[Bounded.INTERFACES] = self.guard.room
+        if self.cgroup_watch is not None:
+            rooms[Bounded.CGROUP_WATCHES] = self.cgroup_watch.room
+        if self._responder is not None:
+            rooms[Bounded.RESPONDER_CLIENTS] = self._responder.room
+        if self.metrics_server is not None:
+            rooms[Bounded.METRICS_CLIENTS] = self.metrics_server.room
+        return rooms
 
     def _refusals(self, mode: Mode) -> dict[tuple[str, str], int]:
         """How often each (scope, protocol) was refused, by whoever of nftables and BPF counts."""
@@ -1389,8 +1466,30 @@ class Enforcement:
             raise metrics.SnapshotError(str(error)) from None
 
 
+def _exact_names(policy: Policy) -> set[str]:
+    return {host.name for rule in policy.rules for host in rule.hosts if not host.wildcard}
+
+
 def _cgroup_key(cgroup: procfs.Cgroup) -> bytes:
     return cgroup.cgroup_id.to_bytes(8, sys.byteorder)
+
+
+def _used_at_ns(learned: bytes) -> int:
+    return int(kernel_abi.LEARNED.codec.unpack(learned)[2])
+
+
+def _says_other(value: bytes, before: bytes) -> bool:
+    """Whether two values of `learned` differ in more than when it was used, and a second of their ends."""
+    pattern, *ends = _pattern_and_ends(value)
+    pattern_before, *ends_before = _pattern_and_ends(before)
+    return pattern != pattern_before or any(
+        abs(end - end_before) > NANOSECONDS for end, end_before in zip(ends, ends_before, strict=True)
+    )
+
+
+def _pattern_and_ends(learned: bytes) -> tuple[int, int, int, int]:
+    expires_ns, pattern, _, unnamed_until, proxy_until = kernel_abi.LEARNED.codec.unpack(learned)
+    return pattern, expires_ns, unnamed_until, proxy_until
 
 
 def _u32(value: int) -> bytes:

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from enforcer.attribution import classify_cgroup
+from enforcer.bounds import Room
 from enforcer.kernel_abi import MarkedScope
 from enforcer.policy import Address
 
@@ -37,6 +38,7 @@ WSL_RESOLVER: Final = IPv4Address("10.255.255.254")  # on lo since WSL 2.2.1, un
 
 UNIFIED: Final = Path("/sys/fs/cgroup")  # where the v2 hierarchy is when there is no other
 
+MAX_WATCHES = Path("/proc/sys/fs/inotify/max_user_watches")
 _READ_BYTES = 65_536
 _MODULES_READ_BYTES = 4_194_304  # a distribution's modules.dep has 0.7 MB
 _SYMLINK_HOPS = 40  # the kernel's own limit, MAXSYMLINKS
@@ -398,6 +400,8 @@ class CgroupWatch:
         self._refused = refused
         self._complete = True  # False: a look that has begun did not come to its end
         self._watched: dict[int, str] = {}
+        text = _read(MAX_WATCHES).strip()
+        self._most = int(text) if text.isdigit() else 0
 
     def __enter__(self) -> Self:
         self._inotify = _Inotify(_IN_CREATE | _IN_DELETE | _IN_ONLYDIR, self._follow, self._refused)
@@ -408,6 +412,11 @@ class CgroupWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._inotify.close()
+
+    @property
+    def room(self) -> Room:
+        """Directories that are watched, of those that the kernel lets this user watch."""
+        return Room(self._most, len(self._watched), self.unwatched)
 
     def _look(self, start: str) -> dict[str, Cgroup]:
         """Watch and list everything at and below `start`; the watch comes first, so that nothing is missed."""

@@ -21,6 +21,7 @@ from ipaddress import ip_address
 from types import TracebackType
 from typing import Self
 
+from enforcer.bounds import Room
 from enforcer.denial import (
     MAX_REQUEST_BYTES,
     TLS_ALERT,
@@ -76,6 +77,7 @@ class Responder:
         self._clients: dict[_Client, None] = {}  # undecided ones and those that read their answer, the oldest first
         self._crowds: dict[Address, dict[_Client, None]] = {}  # the same by address
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turned_away = 0
         self._resume: dict[socket.socket, asyncio.TimerHandle] = {}  # listeners that wait for a descriptor
 
     def __enter__(self) -> Self:
@@ -102,6 +104,11 @@ class Responder:
     def __len__(self) -> int:
         """How many clients there are."""
         return len(self._clients)
+
+    @property
+    def room(self) -> Room:
+        """How many there are, and how many had to go for others."""
+        return Room(MAX_CLIENTS, len(self._clients), self._turned_away)
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(_ACCEPTS_AT_ONCE):
@@ -138,6 +145,7 @@ class Responder:
     def _make_room(self) -> None:
         largest: dict[_Client, None] = max(self._crowds.values(), key=len)
         next(iter(largest)).drop()
+        self._turned_away += 1
 
     # --- what clients call -------------------------------------------------------------------------------------------
     def refuse(self, client: _Client, name: str | None, answered: Answered) -> str:

@@ -166,6 +166,12 @@ class Enforcer:
         after = self._reloads()
         return next(result for result in after if after[result] != before[result])
 
+    def reload_and_wait(self, text: str, deadline_seconds: float = 60) -> str | None:
+        """The same over the control socket; the value is what was wrong, None: the new policy is in force."""
+        self._write_policy(text)
+        problem: str | None = control.request(self._run_dir, {"command": "reload"}, deadline_seconds)["problem"]
+        return problem
+
     def _reloads(self) -> dict[str, float]:
         return {
             dict(labels)["result"]: value
