@@ -6,6 +6,7 @@ Each time another daemon is started over what is left, as systemd does, and noth
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -16,6 +17,7 @@ from tests.faults.world import World
 from tests.lab.enforcer import policy, registry
 from tests.lab.internet import ALLOWED_ADDRESS
 from tests.lab.lab import poll
+from tests.lab.test_drift import FLUSH_CONNTRACK
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.timeout(1_200)]
 
@@ -44,8 +46,13 @@ def _at(choose: Choose, steps: Sequence[str]) -> list[int]:
 
 
 def lay_baseline(world: World) -> None:
-    """The kernel as early boot leaves it: nothing of a daemon, and everything that is not listed refused."""
+    """The kernel as early boot leaves it: nothing of a daemon, and everything that is not listed refused.
+
+    And no connections: of one that was redirected to a responder that has gone, conntrack thinks that it is established,
+    and the SYN that has its port again would be taken for a packet of it.
+    """
     world.enforcer.remove()
+    world.run("host", sys.executable, "-c", FLUSH_CONNTRACK)
     world.enforcer.lay_baseline(policy())
 
 
