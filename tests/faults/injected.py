@@ -70,8 +70,9 @@ class _Steps:
     def take(self, name: str, action: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """One step."""
         self._number += 1
+        at_last = self._number == self.orders.kill_before  # new orders may come within the next line
         os.write(self._trace, f"{name}\n".encode())
-        if self._number == self.orders.kill_before:
+        if at_last:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.orders.refuse and name.startswith(self.orders.refuse):
             self._refused += 1

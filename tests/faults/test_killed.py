@@ -48,8 +48,8 @@ def _at(choose: Choose, steps: Sequence[str]) -> list[int]:
 def lay_baseline(world: World) -> None:
     """The kernel as early boot leaves it: nothing of a daemon, and everything that is not listed refused.
 
-    And no connections: of one that was redirected to a responder that has gone, conntrack thinks that it is established,
-    and the SYN that has its port again would be taken for a packet of it.
+    And no connections: one that was redirected to a responder that has gone is established for conntrack, and the SYN
+    that has its port again would be taken for a packet of it.
     """
     world.enforcer.remove()
     world.run("host", sys.executable, "-c", FLUSH_CONNTRACK)
