@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from enforcer.audit_record import Drifted
 from enforcer.policy import read_policy
 from tests.booted.conftest import Booted
 from tests.booted.guest import BASELINE, UNIT, Guest, World, poll
@@ -97,6 +98,26 @@ def learned(guest: Guest) -> set[str]:
     return {entry["address"] for entry in json.loads(done.stdout)["learned"]} if done.returncode == 0 else set()
 
 
+def interfaces(guest: Guest) -> dict[str, tuple[str, bool]]:
+    """What status says of each: the program, and whether it is guarded."""
+    status = json.loads(guest.must("registry-enforcer", "status", "--json"))
+    return {entry["name"]: (entry["program"], entry["guarded"]) for entry in status["interfaces"]}
+
+
+def repairs(guest: Guest, what: Drifted) -> float:
+    """How often the daemon that runs has put that back."""
+    script = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9742/metrics').read().decode())"
+    scraped = guest.must("python3", "-c", script)
+    found = re.findall(rf'^enforcer_drift_repairs_total\{{what="{what.value}"\}} (\S+)$', scraped, re.MULTILINE)
+    return sum(map(float, found))
+
+
+def table(guest: Guest) -> set[str]:
+    """The parts of ours but for what changes by itself and for the baseline's note, which stays until a flush."""
+    listed = guest.run("nft", "--stateless", "--terse", "list", "table", "inet", "registry_enforcer").stdout
+    return {part.strip() for part in listed.split("\n\t}\n")} - {"chain unmarked {"}
+
+
 def write_policy(guest: Guest, text: str) -> None:
     guest.write(POLICY, text)
 
@@ -165,6 +186,42 @@ def test_daemon_has_the_powers_that_it_uses_and_no_others(guest: Guest) -> None:
     for unit in (UNIT, BASELINE):
         guest.must("systemd-analyze", "security", "--threshold=30", unit)
         assert guest.must("systemd-analyze", "verify", "--man=no", unit) == ""
+
+
+def test_daemon_guards_the_uplink_and_what_leaves_must_ask_for_an_allowed_host(guest: Guest, world: World) -> None:
+    assert interfaces(guest) == {"up0": ("learn", True), "lo": ("learn", False), "ct-port": ("gate", False)}
+    assert [name.split("#")[0] for name in filters(guest)] == ["learn", "guard", "track_query"]
+    assert try_once(guest, ALLOWED) == "OPEN"
+    for where in ("host", "container"):
+        assert try_once(guest, f"evil.test@{ALLOWED}", where=where) == "told"
+
+
+@pytest.mark.parametrize(
+    ("what", "command"),
+    [
+        (Drifted.TABLE, "nft flush ruleset"),
+        (Drifted.TABLE, "systemctl restart nftables.service"),
+        (Drifted.TABLE, "systemctl stop nftables.service"),
+        (Drifted.TRAFFIC_CONTROL, "tc qdisc del dev up0 clsact"),
+        (Drifted.CGROUP, "rm -r /sys/fs/bpf/registry-enforcer/links"),
+        (Drifted.PINS, "rm -r /sys/fs/bpf/registry-enforcer/generation-*/maps"),
+        (Drifted.PINS, "rm -r /sys/fs/bpf/registry-enforcer/*"),
+    ],
+)
+def test_drift_is_put_back_within_the_sandbox(guest: Guest, world: World, what: Drifted, command: str) -> None:
+    def pins() -> set[str]:
+        return set(guest.must("find", "/sys/fs/bpf/registry-enforcer").split())
+
+    whole = interfaces(guest), pins(), table(guest)
+    before, pid = repairs(guest, what), main_pid(guest)
+    with nothing_gets_out(guest, world):
+        guest.must("sh", "-c", command)
+        poll(f"repair of {what.value}", lambda: repairs(guest, what) > before, seconds=2)
+        poll("everything as before", lambda: (interfaces(guest), pins(), table(guest)) == whole)
+    guest.must("systemctl", "start", "nftables.service")
+    assert main_pid(guest) == pid
+    assert try_once(guest, ALLOWED) == "OPEN"
+    assert try_once(guest, ALLOWED, where="container") == "OPEN"
 
 
 def test_audit_names_processes_of_others_and_containers_under_the_unit(guest: Guest) -> None:
@@ -294,13 +351,13 @@ def filters(guest: Guest) -> list[str]:
 def test_upgrade_has_no_gap_and_keeps_the_policy(booted: Booted, guest: Guest, world: World) -> None:
     both_are(guest, "told")
     before, generations = filters(guest), guest.must("ls", "/sys/fs/bpf/registry-enforcer")
-    assert [name.split("#")[0] for name in before] == ["learn", "track_query"]
+    assert [name.split("#")[0] for name in before] == ["learn", "guard", "track_query"]
     with nothing_gets_out(guest, world):
         pid = main_pid(guest)
         guest.must("dpkg", "-i", booted.second)
         assert another_daemon(guest, pid)
     after = filters(guest)
-    assert [name.split("#")[0] for name in after] == ["learn", "track_query"]
+    assert [name.split("#")[0] for name in after] == ["learn", "guard", "track_query"]
     assert not set(after) & set(before)  # another build's, in the place of the old ones
     assert guest.must("ls", "/sys/fs/bpf/registry-enforcer") != generations
     assert (guest.root / POLICY.lstrip("/")).read_text() == TEXT
