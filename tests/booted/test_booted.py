@@ -224,6 +224,34 @@ def test_drift_is_put_back_within_the_sandbox(guest: Guest, world: World, what: 
     assert try_once(guest, ALLOWED, where="container") == "OPEN"
 
 
+def test_directory_of_the_pins_is_made_again_by_a_restart(guest: Guest, world: World) -> None:
+    """Within the sandbox it was a mount of its own, and the rest of that file system cannot be written."""
+    with nothing_gets_out(guest, world):
+        guest.must("rm", "-r", "/sys/fs/bpf/registry-enforcer")
+        poll("what to do", lambda: "systemctl restart registry-enforcer" in guest.journal())
+        assert try_once(guest, ALLOWED, where="container") == "OPEN"
+        guest.must("systemctl", "restart", UNIT)
+        assert guest.run("ls", "/sys/fs/bpf/registry-enforcer/links").stdout.split()
+    assert try_once(guest, ALLOWED) == "OPEN"
+
+
+def test_guard_refuses_alone_when_the_daemon_is_stopped_and_the_table_flushed(guest: Guest, world: World) -> None:
+    """At shutdown, since nftables.service flushes every table when it stops."""
+    both_are(guest, "told")
+    before = world.unlisted()
+    guest.must("systemctl", "stop", UNIT)
+    guest.must("systemctl", "stop", "nftables.service")
+    assert guest.must("nft", "list", "tables") == ""
+    both_are(guest, "refused")
+    for where in ("host", "container"):
+        assert try_once(guest, ALLOWED, where=where) == "OPEN"
+        assert try_once(guest, f"evil.test@{ALLOWED}", where=where) == "told"
+    guest.must("systemctl", "start", "nftables.service")
+    guest.must("systemctl", "start", UNIT)
+    both_are(guest, "told")
+    assert world.unlisted() == before
+
+
 def test_audit_names_processes_of_others_and_containers_under_the_unit(guest: Guest) -> None:
     container = "0123456789abcdef" * 4
     stays = "/usr/local/bin/skopeo", "443", "1"
