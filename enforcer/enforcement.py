@@ -1107,7 +1107,6 @@ class Enforcement:
         """The guard has ended a connection, or would have."""
         assert self.plan is not None
         source, destination = (ending.source, ending.source_port), (ending.destination, ending.destination_port)
-        own = {address.ip for entry in self.plan.roles for address in entry.interface.addresses}
         try:
             source = (ending.protocol is Protocol.TCP and conntrack.original_source(source, destination)) or source
         except OSError as error:
@@ -1127,7 +1126,7 @@ class Enforcement:
                 protocol=ending.protocol,
                 source=source,
                 destination=destination,
-                forwarded=ending.scope is MarkedScope.CONTAINER and source[0] not in own,
+                forwarded=ending.scope is MarkedScope.CONTAINER and source[0] not in self.plan.own_addresses,
                 marked_scope=ending.scope,
                 uid=None,
             ),
