@@ -14,7 +14,7 @@ BPF_FLAGS := -target bpf -mcpu=v2 -O2 -g -Wall -Werror
 BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
 BPF_OBJECTS := build/enforcer.bpf.o build/enforcer-legacy.bpf.o
 
-.PHONY: help setup setup-run setup-install setup-booted bpf run install uninstall deb test kernels booted attack demo bench fuzz lint
+.PHONY: help setup setup-run setup-install setup-booted bpf run install uninstall deb test kernels booted attack demo bench soak fuzz lint
 .PHONY: wheel fresh clean
 
 help: ## list the targets
@@ -66,6 +66,10 @@ demo: setup ## allowed and refused pulls with docker and podman, in namespaces o
 bench: setup ## first connections to fresh names, beside a run without enforcement
 	@$(HERE) .venv/bin/python -m tests.lab.bench
 	@$(HERE) .venv/bin/python -m tests.lab.bench_guard
+	@$(HERE) .venv/bin/python -m tests.lab.bench_reload
+
+soak: setup ## everything at once for MINUTES=5, with restarts, reloads and churn; sizes and memory to build/soak.png (root)
+	@$(HERE) .venv/bin/python -m tests.lab.soak $(if $(MINUTES),--minutes $(MINUTES))
 
 fuzz: setup ## fuzz the parsers, 15 seconds each; MINUTES=5 for longer, TARGET=dns_message for one
 	@$(HERE) .venv/bin/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(TARGET),--target $(TARGET))

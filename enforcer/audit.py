@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from enforcer import trusted_files
+from enforcer.bounds import Room
 
 log = logging.getLogger("registry-enforcer")
 
@@ -32,6 +33,7 @@ class AuditLog:
 
     def __init__(self, file: Path | None = None, *, stdout: int | None = 1, max_bytes: int = MAX_FILE_BYTES) -> None:
         self.dropped = 0  # lines that were written nowhere, or not everywhere
+        self._turned_away = 0  # of these the ones for which there was no room
         self._path = file
         self._stdout = stdout
         self._max_bytes = max_bytes
@@ -51,6 +53,11 @@ class AuditLog:
             self._queue.put(None, timeout=CLOSE_SECONDS)
         self._thread.join(CLOSE_SECONDS)  # a daemon thread: one that hangs in a write dies with the process
 
+    @property
+    def room(self) -> Room:
+        """Lines that wait; those over the rate count as turned away too."""
+        return Room(QUEUED_LINES, self._queue.qsize(), self._turned_away)
+
     def follow_policy(self, file: Path | None) -> None:
         """Write to `file` from now on."""
         self._path = file
@@ -61,12 +68,14 @@ class AuditLog:
         self._refilled_at = now
         if self._tokens < 1:
             self.dropped += 1
+            self._turned_away += 1
             return
         self._tokens -= 1
         try:
             self._queue.put_nowait(line)
         except queue.Full:
             self.dropped += 1
+            self._turned_away += 1
 
     def _write_all(self) -> None:
         opened = _File(self._max_bytes)

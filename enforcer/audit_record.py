@@ -227,7 +227,11 @@ class Folding:
 
     window_seconds: float = FOLD_SECONDS
     capacity: int = FOLDED_KEYS
+    closed_early: int = 0  # keys that others took the place of: the next of their kind is a line of its own again
     _open: collections.OrderedDict[object, _Repeats] = field(default_factory=collections.OrderedDict)
+
+    def __len__(self) -> int:
+        return len(self._open)
 
     def add(self, record: AuditRecord, now: float) -> list[AuditRecord]:
         """What is to be written now: the record itself, unless it is a repeat."""
@@ -237,6 +241,7 @@ class Folding:
             written = [record]
             if len(self._open) > self.capacity:
                 _, oldest = self._open.popitem(last=False)
+                self.closed_early += 1
                 written += _folded(oldest)
             return written
         if not repeats.count:

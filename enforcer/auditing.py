@@ -31,6 +31,7 @@ from enforcer.audit_record import (
     Report,
     as_line,
 )
+from enforcer.bounds import Bounded, Room
 from enforcer.bpf import KernelState
 from enforcer.denial import Refusal
 from enforcer.kernel_abi import Protocol, decode_connect, pack_connect_key
@@ -79,6 +80,7 @@ class Auditor:
         self.responding = False  # the responder hears names: records of TCP wait for them
         self.recent = RecentRecords()
         self.unrecorded = 0  # attempts for which there was no place
+        self._unheard = 0  # of these the answers that came before their reports
         self._log = log
         self._kernel = kernel
         self._cgroup = cgroup
@@ -119,6 +121,7 @@ class Auditor:
             self._wake.set()
         else:
             self.unrecorded += 1
+            self._unheard += 1
 
     def ended(self, report: Report, name: str | None, reason: Reason) -> None:
         """The guard has ended a connection, or in mode "observe" would have, since it asked for `name`."""
@@ -214,8 +217,8 @@ class Auditor:
                     at = await loop.run_in_executor(self._thread, self._directory.at, addresses)
                 if seen:
                     named = await loop.run_in_executor(self._thread, self._directory.named, seen)
-        except TimeoutError:
-            pass
+        except OSError:
+            pass  # the time is over, or there are no descriptors to look with: unknown
         for flow, attempt in zip(flows, attempts, strict=True):
             del self._pending[flow]
             self._finish(attempt, at, named)
@@ -317,6 +320,15 @@ class Auditor:
     def dropped(self, lost_reports: int) -> dict[str, int]:
         """Refusals that no line tells of, by where they got lost."""
         return {"kernel": lost_reports, "pending": self.unrecorded, "output": self._log.dropped}
+
+    def rooms(self) -> dict[Bounded, Room]:
+        """What is held on its way to the log."""
+        return {
+            Bounded.PENDING_REFUSALS: Room(PENDING_ATTEMPTS, len(self._pending), self.unrecorded - self._unheard),
+            Bounded.EARLY_ANSWERS: Room(PENDING_ATTEMPTS, len(self._early), self._unheard),
+            Bounded.FOLDED_REFUSALS: Room(self._folding.capacity, len(self._folding), self._folding.closed_early),
+            Bounded.AUDIT_LINES: self._log.room,
+        }
 
     def answer_log(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The records after number `after` (absent: the last), `limit` at most; ValueError if they are no numbers."""

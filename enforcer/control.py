@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from enforcer import trusted_files
+from enforcer.bounds import Room
 
 MAX_REQUEST_BYTES = 65_536
 REQUEST_DEADLINE_SECONDS = 5.0
@@ -149,11 +150,12 @@ def _held_by(pid: int) -> str:
 
 
 @contextlib.asynccontextmanager
-async def serve(run_dir: Path, handler: Handler) -> AsyncIterator[None]:
+async def serve(run_dir: Path, handler: Handler, askers: Room | None = None) -> AsyncIterator[None]:
     """Answer requests with `handler`, whose ValueError becomes an error for the asker, until the context ends.
 
-    RunDirectoryError if there is no place for the socket.
+    `askers` counts those who ask. RunDirectoryError if there is no place for the socket.
     """
+    askers = askers or Room(MAX_ASKERS)
     path = run_dir / SOCKET_NAME
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -166,18 +168,17 @@ async def serve(run_dir: Path, handler: Handler) -> AsyncIterator[None]:
         raise RunDirectoryError(
             f"{path} cannot be made: {why}; remove what is there, or name another --run-dir"
         ) from None
-    asking = 0
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # Whatever the asker does wrong is its own fault: it is told, and nobody else notices.
-        nonlocal asking
-        asking += 1
+        askers.held += 1
         writer.transport.set_write_buffer_limits(high=0)  # drained is: with the kernel, and may be closed
         reply: Answer
         try:
             try:
-                if asking > MAX_ASKERS:
-                    raise ValueError(f"{MAX_ASKERS} others are asking; ask again in a moment")
+                if askers.held > askers.limit:
+                    askers.turned_away += 1
+                    raise ValueError(f"{askers.limit} others are asking; ask again in a moment")
                 if (uid := _peer_uid(writer)) not in (0, os.geteuid()):
                     raise ValueError(f"user {uid} may not ask; run this as root")
                 async with asyncio.timeout(REQUEST_DEADLINE_SECONDS):
@@ -192,7 +193,7 @@ async def serve(run_dir: Path, handler: Handler) -> AsyncIterator[None]:
         except (TimeoutError, ConnectionError):
             pass
         finally:
-            asking -= 1
+            askers.held -= 1
             writer.transport.abort()
 
     server = await asyncio.start_unix_server(answer, sock=listener, limit=MAX_REQUEST_BYTES)

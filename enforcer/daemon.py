@@ -13,7 +13,7 @@ import logging
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from enforcer import (
     bpf,
@@ -30,10 +30,13 @@ from enforcer import (
     procfs,
     responder,
     ruleset,
+    state,
     trusted_files,
 )
 from enforcer.audit import AuditLog
-from enforcer.enforcement import Enforcement, Options, ReadPolicy, keep_marks, open_authority
+from enforcer.enforcement import REFUSED, Enforcement, Options, ReadPolicy, keep_marks, open_authority
+from enforcer.faults import Faults
+from enforcer.metrics import Fault
 from enforcer.policy import Policy
 from enforcer.without_bpf import MemoryState
 
@@ -44,33 +47,45 @@ SAVE_SECONDS = 60.0
 
 
 Announce = Callable[[Policy, str], None]
+_Handle = TypeVar("_Handle")
+
+
+class Wrap(Protocol):
+    """Puts something in front of a handle on the world outside, of which whoever uses it need not know."""
+
+    def __call__(self, handle: _Handle, /) -> _Handle: ...
+
+
+def _as_it_is(handle: _Handle, /) -> _Handle:
+    return handle
 
 
 class UnsupportedHostError(Exception):
     """This host lacks what enforcement needs; the message says what and what to do. Nothing was changed."""
 
 
-async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> None:
+async def run(options: Options, read_policy: ReadPolicy, announce: Announce, wrap: Wrap = _as_it_is) -> None:
     """Enforce until SIGTERM or SIGINT; enforcement stays in the kernel. SIGHUP reads the policy again.
 
+    `wrap` is put around each handle on nftables, BPF, rtnetlink and the state file: where tests of faults come in.
     Raises PolicyError, AlreadyRunningError, MetricsError, BpfError or UnsupportedHostError before anything is attached.
     """
-    systemd = notify.Supervisor()
     policy = read_policy()
     authority = open_authority(policy)
     loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
+        systemd = stack.enter_context(notify.Supervisor())
         if (why_not := procfs.unsupported()) is not None:
             raise UnsupportedHostError(f"{why_not}; boot another kernel")
         stack.enter_context(control.hold(options.run_dir))
-        firewall = stack.enter_context(nft.Nft())
+        firewall = wrap(stack.enter_context(nft.Nft()))
         features = probe(firewall)
         if firewall.present() and (in_force := firewall.marks()) is not None:
             keep_marks(in_force, policy)
         cgroup = options.cgroup or procfs.cgroup_root()
-        kernel = _open_kernel(options)
+        kernel = wrap(_open_kernel(options))
         stack.callback(kernel.close)
-        links = stack.enter_context(netlink.Netlink())
+        links = wrap(stack.enter_context(netlink.Netlink()))
         learn = kernel.programs.get("learn")
         takes_filters = links.takes_filters(None if learn is None else learn.fd)
         capabilities = ladder.Capabilities(
@@ -88,7 +103,9 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             links=links,
             cgroup=cgroup,
             audit_log=audit_log,
+            saved=wrap(state.StateFile(options.state_dir)),
         )
+        surviving = enforcement.surviving
         if capabilities.answers:
             answering = responder.Responder(lambda: (enforcement.policy, enforcement.index), enforcement.refused)
             answering.contexts = None if authority is None else authority.context
@@ -101,24 +118,31 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
         _remember_instance(options, cgroup)
 
         ended: asyncio.Future[None] = loop.create_future()
-        _end_on_failure(loop, ended)
+        _end_on_failure(loop, ended, enforcement.faults)
         enforcement.reports = _hear_refusals(stack, capabilities, enforcement)
         if isinstance(kernel, bpf.KernelState) and capabilities.learns_in_kernel:
             reader = stack.enter_context(bpf.EventReader(kernel.maps["events"]))
-            loop.add_reader(reader.fileno(), enforcement.take_events, reader)
+            loop.add_reader(reader.fileno(), surviving(enforcement.take_events), reader)
             stack.callback(loop.remove_reader, reader.fileno())
             if enforcement.guard is not None:
                 endings = stack.enter_context(bpf.EventReader(kernel.maps["endings"]))
-                loop.add_reader(endings.fileno(), enforcement.guard.take, endings)
+                loop.add_reader(endings.fileno(), surviving(enforcement.guard.take), endings)
                 stack.callback(loop.remove_reader, endings.fileno())
         else:
             enforcement.listen(_open_ears(stack, enforcement, kernel))
         if cgroup is not None:
-            watch = stack.enter_context(procfs.CgroupWatch(cgroup, enforcement.cgroups_changed))
+            watch = stack.enter_context(
+                procfs.CgroupWatch(cgroup, surviving(enforcement.cgroups_changed), enforcement.refused_now)
+            )
+            enforcement.cgroup_watch = watch
             enforcement.know_cgroups(watch.known.values())
         resolver_files = procfs.RESOLV_CONF, *procfs.UPSTREAM_RESOLV_CONFS
-        stack.enter_context(procfs.FileWatch(resolver_files, enforcement.follow_resolvers))
-        table_watch = stack.enter_context(nft_events.TableWatch(enforcement.restore_table, enforcement.suspect_table))
+        stack.enter_context(
+            procfs.FileWatch(resolver_files, surviving(enforcement.follow_resolvers), enforcement.refused_now)
+        )
+        table_watch = stack.enter_context(
+            nft_events.TableWatch(surviving(enforcement.restore_table), enforcement.suspect_table)
+        )
         await enforcement.start()
         table_watch.follow()
         if isinstance(kernel, bpf.KernelState):
@@ -133,10 +157,15 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce) -> 
             return problem
 
         def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-            return {"problem": reload()} if request.get("command") == "reload" else enforcement.answer(request)
+            if request.get("command") == "reload":
+                return {"problem": reload()}
+            try:
+                return enforcement.answer(request)
+            except REFUSED as error:
+                raise ValueError(f"the kernel does not tell now: {error}; ask again") from None
 
         loop.add_signal_handler(signal.SIGHUP, reload)
-        async with control.serve(options.run_dir, answer):
+        async with control.serve(options.run_dir, answer, enforcement.askers):
             announce(policy, f"no metrics: {served.problem}" if served.problem else f"metrics at {served.url}")
             systemd.ready(_in_force(policy))
             async with asyncio.TaskGroup() as group:
@@ -205,7 +234,9 @@ def _open_ears(
     stack: contextlib.ExitStack, enforcement: Enforcement, kernel: bpf.KernelState | MemoryState
 ) -> packet_socket.PacketSockets:
     try:
-        return stack.enter_context(packet_socket.PacketSockets(enforcement.hear, kernel.report.clock))
+        return stack.enter_context(
+            packet_socket.PacketSockets(enforcement.surviving(enforcement.hear), kernel.report.clock)
+        )
     except packet_socket.PacketSocketError as error:
         raise UnsupportedHostError(f"neither BPF nor a packet socket can read DNS answers: {error}") from None
 
@@ -216,18 +247,25 @@ def _hear_refusals(
     """The reader of what the table reports; None where the kernel or somebody else's reader stands in the way."""
     if ladder.Feature.AUDIT not in capabilities.features:
         return None
+    refused = enforcement.surviving(enforcement.auditor.refused_packets)
     try:
-        return stack.enter_context(nflog.RefusalReader(enforcement.auditor.refused_packets, enforcement.policy.marks))
+        return stack.enter_context(nflog.RefusalReader(refused, enforcement.policy.marks))
     except nflog.NflogError as error:
         log.warning("refused packets are counted and not audited: %s", error)
         return None
 
 
-def _end_on_failure(loop: asyncio.AbstractEventLoop, ended: asyncio.Future[None]) -> None:
-    """Make an exception in a callback or a task end the process: a daemon that lost a part of itself must not go on."""
+def _end_on_failure(loop: asyncio.AbstractEventLoop, ended: asyncio.Future[None], faults: Faults) -> None:
+    """Make an exception in a callback or a task end the process: a daemon that lost a part of itself must not go on.
+
+    That there is no descriptor for a client is none: asyncio tells it here, and listens again a second later.
+    """
 
     def handle(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception") or RuntimeError(context["message"])
+        if isinstance(error, OSError) and error.errno in procfs.EXHAUSTED and "socket" in context:
+            faults.met(Fault.CLIENTS, error.strerror)
+            return
         if not ended.done():
             ended.set_exception(error)
 

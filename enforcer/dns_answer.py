@@ -228,6 +228,15 @@ def _ranges() -> tuple[tuple[Network, RangeClass], ...]:
 
 
 SPECIAL_RANGES = _ranges()  # disjoint; for the `ranges` map
+# The same as numbers: (address, mask, class) by version. A reload classifies all that is held.
+_NUMBERS = {
+    version: tuple(
+        (int(network.network_address), int(network.netmask), range_class)
+        for network, range_class in SPECIAL_RANGES
+        if network.version == version
+    )
+    for version in (4, 6)
+}
 
 
 def classify_address(address: Address) -> RangeClass | None:
@@ -237,4 +246,8 @@ def classify_address(address: Address) -> RangeClass | None:
     """
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         return RangeClass.NEVER
-    return next((range_class for network, range_class in SPECIAL_RANGES if address in network), None)
+    number = int(address)
+    for network, mask, range_class in _NUMBERS[address.version]:
+        if number & mask == network:
+            return range_class
+    return None

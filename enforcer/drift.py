@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from enforcer import bpf
+from enforcer import bpf, procfs
 from enforcer.audit_record import FOLD_SECONDS, Drifted
 from enforcer.auditing import Auditor
 from enforcer.kernel_abi import MarkedScope
@@ -66,16 +66,21 @@ class UnannouncedDrift:
         self._repairs = repairs
 
     def repair(self, stamped: Mapping[str, MarkedScope]) -> None:
-        """Look at everything once; `stamped` are the cgroups below ours whose sockets a program stamps, if any."""
+        """Look at everything once; `stamped` are the cgroups below ours whose sockets a program stamps, if any.
+
+        Raises BpfError where there are no descriptors or memory to look: then nothing is known to have drifted.
+        """
         try:
             if self._cgroup is not None and (detached := list(self._hooks_again(self._cgroup, stamped))):
                 self._repairs.made(Drifted.CGROUP, ", ".join(detached))
         except bpf.BpfError as error:
+            _raise_exhausted(error)
             self._repairs.failed(Drifted.CGROUP, error)
         try:
             if lost := self._kernel.restore_pins():
                 self._repairs.made(Drifted.PINS, f"{lost[0]} and {len(lost) - 1} more" if lost[1:] else lost[0])
         except bpf.BpfError as error:
+            _raise_exhausted(error)
             self._repairs.failed(Drifted.PINS, error)
 
     def _hooks_again(self, cgroup: Path, stamped: Mapping[str, MarkedScope]) -> Iterator[str]:
@@ -90,3 +95,8 @@ class UnannouncedDrift:
             there = cgroup / path
             if not bpf.is_attached(program, there, bpf.CgroupHook.SOCK_CREATE) and bpf.stamp_cgroup(program, there):
                 yield f"{program.name} of {path or '/'}"
+
+
+def _raise_exhausted(error: bpf.BpfError) -> None:
+    if isinstance(error.__cause__, OSError) and error.__cause__.errno in procfs.EXHAUSTED:
+        raise error

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, ParamSpec
 
 from enforcer import (
     __version__,
@@ -32,6 +32,7 @@ from enforcer import (
     auditing,
     bpf,
     conntrack,
+    control,
     dns_answer,
     kernel_abi,
     ladder,
@@ -49,9 +50,11 @@ from enforcer import (
 )
 from enforcer.audit import AuditLog
 from enforcer.audit_record import Drifted, Kind, Report
+from enforcer.bounds import Bounded, Room
 from enforcer.bpf import Loader
 from enforcer.denial import Refusal, host_name
 from enforcer.drift import Repairs, UnannouncedDrift
+from enforcer.faults import Faults
 from enforcer.guarding import Guard, judged_ports, listed_map, recognises
 from enforcer.kernel_abi import (
     DnsEvent,
@@ -65,6 +68,7 @@ from enforcer.kernel_abi import (
     ResolverTrust,
 )
 from enforcer.learned import Changes, Destination, LearnedAddress, LearnedAddresses, combined, may_teach, permitted
+from enforcer.metrics import Fault
 from enforcer.overhearing import Overhearing, Packet
 from enforcer.packet_socket import PacketSockets
 from enforcer.policy import (
@@ -89,10 +93,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("registry-enforcer")
 
+REFUSED: Final = (nft.NftError, bpf.BpfError, OSError)  # what the kernel may say to anything, at any time
+_Parameters = ParamSpec("_Parameters")
 RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFRESH_MARGIN_SECONDS
 RESOLVE_CONCURRENCY = 16
 RESOLVE_PAUSE_SECONDS = 0.1  # of each of them between two names: spares the resolvers when a policy has thousands
 FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
+UNREADABLE_AT_ONCE = 256  # names of answers that BPF could not read, being asked for
 CGROUP_ATTEMPTS = 5  # at a text that names cgroups
 NANOSECONDS = 1_000_000_000
 
@@ -215,12 +222,14 @@ class Enforcement:
         links: netlink.Netlink,
         cgroup: Path | None,
         audit_log: AuditLog,
+        saved: state.StateFile,
     ) -> None:
         self.options = options
         self.policy = policy
         self.index = NameIndex(policy)
         self._rules = {rule.name: rule for rule in policy.rules}
-        self.learned = LearnedAddresses(last_used=self._last_used)
+        self._names: dict[bytes, bytes] = {}  # what BPF knows of them, from start() on
+        self.learned = LearnedAddresses(policy.learned_addresses, last_used=self._last_used)
         self.resolvers: tuple[Address, ...] = ()
         self._retired: dict[Address, int] = {}  # resolvers until a moment ago -> when their last answers are too late
         self.plan: topology.AttachmentPlan | None = None
@@ -229,9 +238,14 @@ class Enforcement:
         self.metrics_server: metrics.Server | None = None  # None: nobody is to be served
         self.auditor = auditing.Auditor(audit_log, kernel, cgroup, self._known_name)
         self.reports: nflog.RefusalReader | None = None  # None: the kernel reports no refused packets
+        self.cgroup_watch: procfs.CgroupWatch | None = None  # None: there is no cgroup v2
         self._audit_log = audit_log
         self._repairs = Repairs(self.metrics, self.auditor)
-        self._revoked: set[Destination] | None = None  # None: the table is not this daemon's yet
+        self.faults = Faults(self.metrics)
+        self._behind = False  # something was refused half-way, and not everything that is held is in the kernel
+        # What is revoked, and when the kernel's element ends, the first to end first; None: the table is not ours yet.
+        self._revoked: dict[Destination, float] | None = None
+        self._saved = saved
         self._firewall = firewall
         self._capabilities = capabilities
         self._kernel = kernel
@@ -250,14 +264,14 @@ class Enforcement:
         if capabilities.guards and isinstance(kernel, bpf.KernelState):
             self.guard = Guard(kernel, links, self._ended)
         self._ears: PacketSockets | None = None  # None: BPF reads the answers
-        self._cgroups: dict[str, MarkedScope] = {}  # paths with a scope of their own
+        self._cgroups: dict[str, procfs.Cgroup] = {}  # by path, those with a scope of their own, as BPF knows them
+        self._cgroups_waiting: dict[str, procfs.Cgroup] = {}  # for a place in BPF's map
         self._table_present = firewall.present()  # an earlier daemon's
         self._ruleset_applied = False  # this one's
         self._responder: responder.Responder | None = None
         self._redirects = Redirects()
         self._table_uncertain = False  # somebody may have changed it unseen
         self._interfaces = ""  # the text that told the table of them last
-        self._unsaved = False  # the last attempt to write the state file failed
         self._lost_seen = 0
         self._ways_out: frozenset[topology.Route] = frozenset()
         self._ranges: dict[bytes, bytes] = {}
@@ -265,6 +279,15 @@ class Enforcement:
         self._unattachable: set[int] = set()  # interfaces that refused it, each logged once
         self._unresolved: set[str] = set()  # exact names whose last own question failed, each logged once
         self._asking: set[str] = set()  # names of unreadable answers that are being asked for
+        self.askers = Room(control.MAX_ASKERS)
+        self._questions = Room(UNREADABLE_AT_ONCE)
+        # What does not fit into a map of BPF is left out: to fail would end the daemon at the will of others.
+        self._in_bpf = {
+            Bounded.RESOLVERS: Room(kernel_abi.MAX_RESOLVERS),
+            Bounded.CGROUPS: Room(kernel_abi.MAX_CGROUPS),
+            Bounded.OWN_RANGES: Room(kernel_abi.MAX_RANGES),
+        }
+        self._reached: set[Bounded] = set()  # each said once
         self._asked: set[asyncio.Task[None]] = set()
 
     # --- start -------------------------------------------------------------------------------------------------------
@@ -281,12 +304,12 @@ class Enforcement:
                 for name, scope in attribution.PROGRAM_SCOPES.items()
             }
         )
-        wanted = name_map(self.policy)
-        maps["names"].replace_all(wanted)
+        self._names = name_map(self.policy)
+        maps["names"].replace_all(self._names)
         self.follow_resolvers()
         # Held now, brought to the table below: an earlier daemon's has nearly all of it.
-        self._adopt_learned()
-        self._adopt_saved()
+        adopted = combined((self._adopt_learned(), self._adopt_saved()))
+        self._stop_vouching(adopted.forget)
         self._refresh_learned()  # a new build's maps, or those of before a reboot, know nothing
         self._attach_hooks()
         first_pass = asyncio.create_task(self.ask_for_names())
@@ -295,9 +318,9 @@ class Enforcement:
             log.warning("not all names of the policy are resolved yet; enforcing now, the rest follows")
             self._asked.add(first_pass)
             first_pass.add_done_callback(self._asked.discard)
-        difference = self._difference(self._elements() if self._table_present else [])
+        difference = self._difference(self._elements() if self._table_present else [], frozenset(adopted.forget))
         assert self.plan is not None  # follow_resolvers made it
-        self._revoked = self._revoked_elements() if self._table_present else set()
+        self._revoked = self._revoked_elements() if self._table_present else {}
         self._apply_ruleset(self.policy, self._render(difference))
         self._remember_revoked(difference)
         self._write_judge(self.policy)
@@ -389,22 +412,23 @@ class Enforcement:
             log.info("took over %d learned permissions from the kernel", len(entries))
         return self.learned.learn(entries, self._now())
 
-    def _adopt_saved(self) -> None:
+    def _adopt_saved(self) -> Changes:
         """Hold what the state file remembers from before a reboot, as far as the policy still allows it."""
         try:
-            saved = state.load(self.options.state_dir)
+            saved = self._saved.load()
         except state.StateError as error:
             log.warning("%s; registries are learned anew", error)
-            return
+            return Changes()
         now, wall_clock = self._now(), time.time()
         entries = []
         for entry in saved:
-            left = min(entry.expires_at - wall_clock, kernel_abi.LIFETIME_CEILING_SECONDS)  # the clock may have stepped
+            # The clock may have stepped: nothing lives longer than it would have when it was saved.
+            left = min(entry.expires_at - wall_clock, entry.seconds_left, kernel_abi.LIFETIME_CEILING_SECONDS)
             if left > 0 and self._still_held(self.index, entry):
                 entries.append(
                     LearnedAddress(entry.address, entry.port, entry.name, entry.rule, entry.pattern, now + left)
                 )
-        self.learned.learn(entries, now)
+        return self.learned.learn(entries, now)
 
     def _holders(
         self, index: NameIndex, pattern: HostPattern, destination: Destination
@@ -417,8 +441,14 @@ class Enforcement:
 
     def _still_held(self, index: NameIndex, entry: LearnedAddress | state.SavedAddress) -> bool:
         """Whether the policy of `index` would permit `entry` for the same reason."""
-        holders = self._holders(index, entry.pattern, (entry.address, entry.port))
-        return any((rule.name, pattern) == (entry.rule, entry.pattern) for rule, pattern in holders)
+        rule = self._rule_of(index, entry.rule, entry.pattern)
+        return rule is not None and entry.port in rule.ports and may_teach(self._classify(entry.address), rule)
+
+    @staticmethod
+    def _rule_of(index: NameIndex, name: str, pattern: HostPattern) -> Rule | None:
+        """The rule of this name, if it has the pattern."""
+        covering = index.covering(pattern.name, wildcard=pattern.wildcard)
+        return next((rule for rule, covered in covering if covered == pattern and rule.name == name), None)
 
     def _now(self) -> float:
         """Seconds on the clock of the BPF programs."""
@@ -427,7 +457,7 @@ class Enforcement:
     def _used_at_ns(self, destination: Destination) -> int:
         """When a connection went there last, as far as BPF knows; 0: never."""
         value = self._kernel.maps["learned"].lookup(kernel_abi.pack_learned_key(*destination))
-        return 0 if value is None else int(kernel_abi.LEARNED.codec.unpack(value)[2])
+        return 0 if value is None else _used_at_ns(value)
 
     def _last_used(self, destination: Destination) -> float:
         return (self._used_at_ns(destination) or -math.inf) / NANOSECONDS
@@ -437,45 +467,48 @@ class Enforcement:
         return time.time() - self._now()
 
     def save(self) -> None:
-        """Write the state file; a failure is logged once and enforcement goes on."""
-        wall_clock_offset = self._wall_clock_offset()
+        """Write the state file; a failure is counted, said once, and enforcement goes on."""
+        now, wall_clock = self._now(), time.time()
         try:
-            state.save(
-                self.options.state_dir,
-                (
-                    state.SavedAddress(
-                        entry.address,
-                        entry.port,
-                        entry.name,
-                        entry.rule,
-                        entry.pattern,
-                        entry.expires_at + wall_clock_offset,
-                    )
-                    for entry in self.learned
-                ),
+            self._saved.save(
+                state.SavedAddress(
+                    entry.address,
+                    entry.port,
+                    entry.name,
+                    entry.rule,
+                    entry.pattern,
+                    expires_at=wall_clock + entry.expires_at - now,
+                    seconds_left=entry.expires_at - now,
+                )
+                for entry in self.learned
             )
         except state.StateError as error:
-            if not self._unsaved:
-                log.warning("%s; what is learned would be lost in a reboot", error)
-            self._unsaved = True
+            self.faults.met(Fault.STATE, error)
         else:
-            self._unsaved = False
+            self.faults.over(Fault.STATE)
 
     def _elements(self) -> list[ruleset.Element]:
         """What the learned sets hold; NftError if they are gone."""
         return self._firewall.learned() if self._capabilities.remembers else []
 
-    def _difference(self, elements: Iterable[ruleset.Element]) -> Changes:
-        """What makes of these elements of the table those that are held."""
+    def _difference(
+        self, elements: Iterable[ruleset.Element], forgotten: frozenset[Destination] = frozenset()
+    ) -> Changes:
+        """What makes of these elements of the table those that are held; who made room keeps his connections."""
         now = self._now()
         seconds_left = {(element.address, element.port): element.lifetime_seconds for element in elements}
         permit = (
             entry
-            for entry in self._longest()
+            for entry in self.learned.longest_of_each()
             if abs(entry.expires_at - now - seconds_left.get(entry.destination, -math.inf))
             > kernel_abi.REFRESH_MARGIN_SECONDS
         )
-        return Changes(tuple(permit), tuple(held for held in seconds_left if held not in self.learned))
+        strange = [held for held in seconds_left if held not in self.learned]
+        return Changes(
+            tuple(permit),
+            withdraw=tuple(held for held in strange if held not in forgotten),
+            forget=tuple(held for held in strange if held in forgotten),
+        )
 
     # --- DNS events --------------------------------------------------------------------------------------------------
     def take_events(self, reader: bpf.EventReader) -> None:
@@ -558,6 +591,7 @@ class Enforcement:
         except nft.NftError as error:
             if not self._ruleset_applied:
                 raise
+            self.faults.met(Fault.NFTABLES, str(error).partition("\n")[0])
             self.restore_table(str(error).partition("\n")[0])
 
     def _apply_ruleset(self, policy: Policy, elements: str = "", *, afresh: bool = False) -> None:
@@ -605,8 +639,17 @@ class Enforcement:
 
     def _remember_revoked(self, changes: Changes) -> None:
         if self._revoked is not None:
-            self._revoked.difference_update(entry.destination for entry in changes.permit)
-            self._revoked.update(changes.withdraw)
+            for entry in changes.permit:
+                self._revoked.pop(entry.destination, None)
+            self._revoke(changes.withdraw)
+
+    def _revoke(self, destinations: Iterable[Destination]) -> None:
+        """Note what the table is told to judge at every packet, as long as the kernel keeps it."""
+        assert self._revoked is not None
+        ends_at = self._now() + ruleset.REVOKED_SECONDS
+        for destination in destinations:
+            self._revoked.pop(destination, None)
+            self._revoked[destination] = ends_at
 
     def _known_name(self, address: Address) -> tuple[str | None, str] | None:
         """(name, rule) of a permission that the address has on any port."""
@@ -617,17 +660,12 @@ class Enforcement:
         rule_name = revocation.lists_address(self.policy, address)
         return None if rule_name is None else (None, rule_name)
 
-    def _longest(self) -> Iterator[LearnedAddress]:
-        """For each destination the permission that ends last."""
-        for destination in {entry.destination for entry in self.learned}:
-            yield self.learned.longest(destination)
-
     # --- own questions -----------------------------------------------------------------------------------------------
     async def ask_for_names(self) -> None:
         """Ask for every exact name of the policy, a few at a time and no faster than the lifetimes demand."""
         if not self._teachers():
             return  # why not is in the log; a way to one has them asked for (fit_interfaces)
-        names = sorted({host.name for rule in self.policy.rules for host in rule.hosts if not host.wildcard})
+        names = sorted(_exact_names(self.policy))
         pause_seconds = min(RESOLVE_PAUSE_SECONDS, RESOLVE_PERIOD_SECONDS * RESOLVE_CONCURRENCY / (2 * len(names) + 1))
         remaining = iter(names)
 
@@ -669,24 +707,28 @@ class Enforcement:
                 continue
             self.metrics.own_queries.labels("answered").inc()
             self._unresolved.discard(name)
-            now = self._now()
-            entries = self._permissions(answer, now)
-            changes = self.learned.learn(entries, now)
-            # All of them: a holder that is new may let clients say more at an address that is not.
-            self._vouch(self.learned.longest(each.destination) for each in entries if each.destination in self.learned)
-            self._apply(changes)
+            self.surviving(self._hold)(answer)
+
+    def _hold(self, answer: dns_answer.DnsAnswer) -> None:
+        """What an answer to this daemon's own question permits."""
+        now = self._now()
+        entries = self._permissions(answer, now)
+        changes = self.learned.learn(entries, now)
+        # All of them: a holder that is new may let clients say more at an address that is not.
+        self._vouch(self.learned.longest(each.destination) for each in entries if each.destination in self.learned)
+        self._apply(changes)
 
     def _vouch(self, entries: Iterable[LearnedAddress]) -> None:
         """Have the hooks that are there vouch for these before the table knows them."""
         self._kernel.maps["learned"].update_many(
             (
                 kernel_abi.pack_learned_key(*entry.destination),
-                self._learned_value(entry),
+                self._learned_value(entry, self._used_at_ns(entry.destination)),
             )
             for entry in entries
         )
 
-    def _learned_value(self, entry: LearnedAddress) -> bytes:
+    def _learned_value(self, entry: LearnedAddress, used_at_ns: int) -> bytes:
         """What BPF's `learned` holds of a destination; of what may be said there the most lenient holder decides."""
         unnamed_until = proxy_until = 0.0
         for holder in self.learned.holders(entry.destination) or (entry,):
@@ -698,7 +740,7 @@ class Enforcement:
         return kernel_abi.pack_learned(
             int(entry.expires_at * NANOSECONDS),
             pattern_id(entry.pattern),
-            used_at=self._used_at_ns(entry.destination),
+            used_at=used_at_ns,
             unnamed_until=int(unnamed_until * NANOSECONDS),
             proxy_until=int(proxy_until * NANOSECONDS),
         )
@@ -706,7 +748,17 @@ class Enforcement:
     def _refresh_learned(self) -> None:
         """Bring BPF to what is held: after a change of policy other things may be said at the addresses that stay."""
         if self._ears is None:
-            self._vouch(self._longest())
+            learned = self._kernel.maps["learned"]
+            known = dict(learned.items())  # at once: a look-up for each would take most of a reload's time
+            changed = {}
+            for entry in self.learned.longest_of_each():
+                key = kernel_abi.pack_learned_key(*entry.destination)
+                before = known.get(key)
+                used_at = 0 if before is None else _used_at_ns(before)
+                value = self._learned_value(entry, used_at)
+                if before is None or _says_other(value, before):
+                    changed[key] = value
+            learned.update_many(changed.items())
 
     def _teachers(self) -> tuple[Address, ...]:
         """The trusted resolvers but those behind an internal interface, where a container could answer for them."""
@@ -721,6 +773,10 @@ class Enforcement:
         except dns_answer.DnsAnswerError:
             return  # BPF matched a listed name before it gave up, so this was cut on the way: nothing was permitted
         if not self.index.match(name) or name in self._asking:
+            return
+        if len(self._asking) >= UNREADABLE_AT_ONCE:
+            # A wildcard's owner has as many names as he likes, and each takes a socket. Nothing was permitted.
+            self._questions.turned_away += 1
             return
 
         async def ask() -> None:
@@ -752,12 +808,10 @@ class Enforcement:
         known_routes = self._links.routes()
         self.plan = topology.plan_attachments(self._links.interfaces(), known_routes, routes, wsl=procfs.is_wsl())
         look_again = bool(changed & netlink.Change.TRAFFIC_CONTROL)  # somebody touched filters
+        known = (*dns_answer.SPECIAL_RANGES, *((network, RangeClass.NEVER) for network in self.plan.own_ranges))
         ranges = {
             kernel_abi.pack_range_key(network.network_address, network.prefixlen): _u32(range_class)
-            for network, range_class in (
-                *dns_answer.SPECIAL_RANGES,
-                *((network, RangeClass.NEVER) for network in self.plan.own_ranges),
-            )
+            for network, range_class in self._in_bpf[Bounded.OWN_RANGES].fit(known)
         }
         if ranges != self._ranges:
             self._kernel.maps["ranges"].replace_all(ranges)
@@ -800,12 +854,15 @@ class Enforcement:
                     if was_there and netlink.Attachment.MADE in results:
                         taken.add(self.plan.name_of(index))
             except netlink.NetlinkError as error:
+                if error.errno in procfs.EXHAUSTED:
+                    raise
                 # Nothing opens: without the program no answer teaches here and no packet is vouched for.
                 if index not in self._unattachable:
                     self._unattachable.add(index)
                     log.warning("interface %d takes no BPF program (%s): nothing is learned there", index, error)
         for index in self._attached.keys() - (self.plan.learn | self.plan.gate):
             del self._attached[index]
+        self._unattachable &= self.plan.learn | self.plan.gate
         return taken
 
     def _tell_interfaces(self) -> None:
@@ -824,7 +881,10 @@ class Enforcement:
         """Fit the programs to every change of interfaces, addresses, routes and filters."""
         with self._links.changes() as changes:
             async for changed in changes:
-                self.fit_interfaces(changed)
+                if netlink.Change.LOST in changed:
+                    self.faults.met(Fault.LINK_EVENTS, "all of them are read anew")
+                    self.faults.over(Fault.LINK_EVENTS)
+                self.surviving(self.fit_interfaces)(changed)
 
     def follow_resolvers(self, *, at_once: bool = False) -> None:
         """Trust the resolvers that the policy means now, and no others.
@@ -835,7 +895,7 @@ class Enforcement:
         wanted = list(self.policy.resolvers.addresses)
         if self.policy.resolvers.auto:
             wanted += procfs.trusted_resolvers()
-        resolvers = tuple(dict.fromkeys(wanted))
+        resolvers = tuple(self._in_bpf[Bounded.RESOLVERS].fit(tuple(dict.fromkeys(wanted))))
         if resolvers == self.resolvers and self.plan is not None:
             return
         now = self._kernel.now_ns()
@@ -862,21 +922,37 @@ class Enforcement:
 
     def know_cgroups(self, known: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF which cgroups hold containers and engines: these and no others."""
-        known = list(known)
-        self._cgroups = {cgroup.path: cgroup.scope for cgroup in known}
+        self._cgroups, self._cgroups_waiting = {}, {cgroup.path: cgroup for cgroup in known}
+        self._seat_cgroups()
+        self._write_cgroups()
+
+    def _seat_cgroups(self) -> list[procfs.Cgroup]:
+        """Who gets a place in BPF's map now: what a user makes by the thousand is judged as what it is made in."""
+        wanted = [*self._cgroups, *self._cgroups_waiting]
+        fitting = self._in_bpf[Bounded.CGROUPS].fit(wanted)
+        entering = [self._cgroups_waiting.pop(path) for path in fitting[len(self._cgroups) :]]
+        self._cgroups |= {cgroup.path: cgroup for cgroup in entering}
+        return entering
+
+    def _write_cgroups(self) -> None:
+        known = self._cgroups.values()
         self._kernel.maps["cgroups"].replace_all({_cgroup_key(cgroup): _u32(cgroup.scope) for cgroup in known})
         self._stamp(known)
 
     def cgroups_changed(self, appeared: Iterable[procfs.Cgroup], vanished: Iterable[procfs.Cgroup]) -> None:
         """Tell BPF of the difference."""
-        cgroups = self._kernel.maps["cgroups"]
+        left = []
         for cgroup in vanished:
+            self._cgroups_waiting.pop(cgroup.path, None)
+            if self._cgroups.pop(cgroup.path, None) is not None:
+                left.append(cgroup)
+        self._cgroups_waiting |= {cgroup.path: cgroup for cgroup in appeared}
+        entering = self._seat_cgroups()
+        cgroups = self._kernel.maps["cgroups"]
+        for cgroup in left:
             cgroups.delete(_cgroup_key(cgroup))
-            self._cgroups.pop(cgroup.path, None)
-        for cgroup in appeared:
-            cgroups.update(_cgroup_key(cgroup), _u32(cgroup.scope))
-            self._cgroups[cgroup.path] = cgroup.scope
-        self._stamp(appeared)
+        cgroups.update_many((_cgroup_key(cgroup), _u32(cgroup.scope)) for cgroup in entering)
+        self._stamp(entering)
         if self._table_present and self._capabilities.scopes_in_nft:
             try:
                 self._apply_with_cgroups(
@@ -888,7 +964,11 @@ class Enforcement:
     def _apply_with_cgroups(self, render: Callable[[Iterable[tuple[str, MarkedScope]]], str]) -> None:
         """Apply what names cgroups, which may vanish before nft has looked them up: then without those."""
         for _ in range(CGROUP_ATTEMPTS):
-            present = [each for each in self._cgroups.items() if self._cgroup and (self._cgroup / each[0]).exists()]
+            present = [
+                (path, cgroup.scope)
+                for path, cgroup in self._cgroups.items()
+                if self._cgroup and (self._cgroup / path).exists()
+            ]
             try:
                 self._firewall.apply(render(present if self._capabilities.scopes_in_nft else ()))
             except nft.NftError as error:
@@ -922,43 +1002,61 @@ class Enforcement:
             self.auditor.policy_changed(f"{error}: the policy in force stays")
             return str(error)
         index = NameIndex(policy)
-        before, after = name_map(self.policy), name_map(policy)
+        before, after = self._names, name_map(policy)
         names = self._kernel.maps["names"]
         narrowed = [key for key, value in before.items() if after.get(key) != value]
-        for key in narrowed:
-            names.delete(key)
-        kept, changes = self.learned.narrowed(functools.partial(self._still_held, index))
+        kept, changes = self.learned.narrowed(
+            functools.partial(self._still_held, index), policy.learned_addresses, self._now()
+        )
         assert self.plan is not None
-        self._redirects.take_up(self._count_redirects())
-        self._stop_vouching(changes.withdraw)
         try:
+            self._redirects.take_up(self._count_redirects())
+            for key in narrowed:
+                names.delete(key)
+            self._stop_vouching((*changes.withdraw, *changes.forget))
             self._apply_ruleset(policy, self._render(changes))
-        except nft.NftError as error:
-            names.update_many((key, before[key]) for key in narrowed)
+        except REFUSED as error:
+            self.faults.met(Fault.NFTABLES if isinstance(error, nft.NftError) else Fault.KERNEL, error)
+            self.surviving(self._widen_again)()
             self.metrics.reloads.labels("failed").inc()
             log.error("the kernel refused the new ruleset, the policy in force stays: %s", error)
             self.auditor.policy_changed("the kernel refused the new ruleset, the policy in force stays")
             return f"the kernel refused the new ruleset: {error}"
+        self.faults.over(Fault.NFTABLES)
         before_it, self.policy, self.index, self.learned = self.policy, policy, index, kept
+        self._names = after
         self._rules = {rule.name: rule for rule in policy.rules}
+        self._unresolved.intersection_update(_exact_names(policy))
         self._remember_revoked(changes)
-        self._refresh_learned()
-        if self.guard is not None and (ended := self.guard.end_what_lost_its_name(before_it, policy)):
-            log.info("%d open connections are ended: their names are not allowed any more", ended)
-        if revocation.narrows(before_it, policy):
-            self._start(self._judge_connections_again(before_it))
-        names.update_many((key, value) for key, value in after.items() if before.get(key) != value)
-        self._write_judge(policy)
+        self._audit_log.follow_policy(policy.audit_file)
         if self._responder is not None:
             self._responder.contexts = None if authority is None else authority.context
-        self._audit_log.follow_policy(policy.audit_file)
-        self.follow_resolvers(at_once=True)
         self.ask_again.set()
+        self.surviving(self._widen)(before_it, before)
         self.metrics.reloads.labels("ok").inc()
         in_force = f"policy {policy.source} ({policy.digest[:12]}) is in force, mode {policy.mode.value}"
         log.info("%s", in_force)
         self.auditor.policy_changed(in_force)
         return None
+
+    def _widen(self, before_it: Policy, names_before: Mapping[bytes, bytes]) -> None:
+        """What a new policy allows, now that its table is in force and refuses the rest."""
+        policy = self.policy
+        self._refresh_learned()
+        if self.guard is not None and (ended := self.guard.end_what_lost_its_name(before_it, policy)):
+            log.info("%d open connections are ended: their names are not allowed any more", ended)
+        if revocation.narrows(before_it, policy):
+            self._start(self._judge_connections_again(before_it))
+        self._kernel.maps["names"].update_many(
+            (key, value) for key, value in self._names.items() if names_before.get(key) != value
+        )
+        self._write_judge(policy)
+        self.follow_resolvers(at_once=True)
+
+    def _widen_again(self) -> None:
+        """A reload that failed had narrowed BPF already; nobody asks again for what a client has cached."""
+        self._kernel.maps["names"].replace_all(self._names)
+        self._refresh_learned()
 
     async def _judge_connections_again(self, before: Policy) -> None:
         """Have the rules look at connections that `before` let through without a learned address."""
@@ -969,19 +1067,32 @@ class Enforcement:
             return
         again = revocation.to_judge_again(before, self.policy, self.learned, connected)
         if again and self._revoked is not None and self._capabilities.remembers:
-            self._revoked.update(again)
+            self._revoke(again)
             self._change_table(ruleset.render_revoked(again))
             log.info("connections to %d destinations are judged again", len(again))
 
     def housekeeping(self) -> None:
-        """Forget what has expired; read from the kernel what its events could not carry."""
+        """Forget what has expired; read from the kernel what its events could not carry; put right what went wrong."""
         self.auditor.housekeeping()
+        try:
+            if self._behind:
+                self._catch_up()
+            self._keep_house()
+        except REFUSED as error:
+            self.refused_now(error)
+        else:
+            self._behind = False
+            self.faults.over(Fault.KERNEL)
+
+    def _keep_house(self) -> None:
         now = self._now()
         if self._retired and min(self._retired.values()) <= now * NANOSECONDS:
             self._retire({address: at for address, at in self._retired.items() if at > now * NANOSECONDS})
         learned = self._kernel.maps["learned"]
         for destination in self.learned.expire(now):
             learned.delete(kernel_abi.pack_learned_key(*destination))
+        while self._revoked and next(iter(self._revoked.values())) <= now:
+            del self._revoked[next(iter(self._revoked))]
         lost = self._lost()
         if lost > self._lost_seen:
             log.warning(
@@ -992,15 +1103,61 @@ class Enforcement:
             if self._ears is not None:
                 self.ask_again.set()  # nobody else has read what was lost
         if self._drift is not None:
-            self._drift.repair(self._cgroups if self._capabilities.stamps_sockets else {})
+            scopes = {path: cgroup.scope for path, cgroup in self._cgroups.items()}
+            self._drift.repair(scopes if self._capabilities.stamps_sockets else {})
         if self._table_uncertain or not self._table_present:
             self.restore_table("the kernel had more events of nftables than it keeps")
         self.watch_redirects()
+        for what, room in self._rooms().items():
+            if room.turned_away and what not in self._reached:
+                self._reached.add(what)
+                log.warning(
+                    "%s: all %d places are taken; enforcer_bound_reached_total counts what finds none",
+                    what.value,
+                    room.limit,
+                )
+
+    # --- what the kernel refuses for a moment ------------------------------------------------------------------------
+    def surviving(self, action: Callable[_Parameters, None]) -> Callable[_Parameters, None]:
+        """`action` for the event loop: what the kernel refuses in it ends nothing; housekeeping makes up for it."""
+
+        @functools.wraps(action)
+        def survived(*arguments: _Parameters.args, **named: _Parameters.kwargs) -> None:
+            try:
+                action(*arguments, **named)
+            except REFUSED as error:
+                if not self._ruleset_applied:
+                    raise
+                self.refused_now(error)
+
+        return survived
+
+    def refused_now(self, error: Exception) -> None:
+        """Something was refused, perhaps half-way. Raises `error` if that has been so for a minute."""
+        self._behind = True
+        self.faults.met(Fault.KERNEL, str(error).partition("\n")[0])
+        if self.faults.lasts(Fault.KERNEL):
+            raise error
+
+    def _catch_up(self) -> None:
+        """Tell the kernel all that is held, whatever it was told when it refused; the narrower first."""
+        self._kernel.maps["names"].replace_all(self._names)
+        self._adopt_learned()  # and deletes what nobody allows
+        self._write_cgroups()
+        self._ranges = {}
+        self.follow_resolvers()
+        self._retire(self._retired)
+        self._write_table()
+        self._refresh_learned()
+        self._write_judge(self.policy)
+        self.ask_again.set()
 
     # --- drift of the table ------------------------------------------------------------------------------------------
     def suspect_table(self) -> None:
         """Events of nftables were lost: somebody may have changed the table."""
         self._table_uncertain = True
+        self.faults.met(Fault.TABLE_EVENTS, "the table is written anew")
+        self.faults.over(Fault.TABLE_EVENTS)
 
     def restore_table(self, detail: str = "its rules or elements") -> None:
         """Somebody else has changed the table, or taken it away: write it whole, with everything that is held."""
@@ -1009,32 +1166,39 @@ class Enforcement:
             self._write_table()
         except nft.NftError as error:
             self._table_present = False
+            self.faults.met(Fault.NFTABLES, str(error).partition("\n")[0])
             self._repairs.failed(Drifted.TABLE, error)
         else:
+            self.faults.over(Fault.NFTABLES)
             self._repairs.made(Drifted.TABLE, detail)
 
     def _write_table(self) -> None:
         try:
-            elements, held = self._elements(), self._revoked_elements()
+            elements, held = self._elements(), self._revoked_elements().keys()
         except nft.NftError:  # gone, with the sets or the table
-            elements, held = [], set()
+            elements, held = [], {}.keys()
         difference = self._difference(elements)
-        text = self._render(difference) + ruleset.render_revoked((self._revoked or set()) - held)
+        text = self._render(difference) + ruleset.render_revoked((self._revoked or {}).keys() - held)
         try:
             self._apply_ruleset(self.policy, text)
         except nft.NftError:
             # Something of another kind has the name of a part of it.
             difference = self._difference([])
-            text = self._render(difference) + ruleset.render_revoked(self._revoked or set())
+            text = self._render(difference) + ruleset.render_revoked(self._revoked or {})
             self._apply_ruleset(self.policy, text, afresh=True)
         self._remember_revoked(difference)
         self._table_present = True
         self._interfaces = ""
         self._redirects.table_written(self._count_redirects())
 
-    def _revoked_elements(self) -> set[Destination]:
+    def _revoked_elements(self) -> dict[Destination, float]:
+        """What the table judges at every packet, and when it ends."""
         held = self._firewall.revoked() if self._capabilities.remembers else []
-        return {(element.address, element.port) for element in held}
+        now = self._now()
+        return {
+            (element.address, element.port): now + element.lifetime_seconds
+            for element in sorted(held, key=lambda element: element.lifetime_seconds)
+        }
 
     def _lost(self) -> int:
         return self._count(Outcome.EVENT_LOST) + (self._ears.lost if self._ears is not None else 0)
@@ -1217,7 +1381,7 @@ class Enforcement:
         return "gate" if index in self.plan.gate else ""
 
     def _snapshot(self) -> metrics.Snapshot:
-        families = collections.Counter(f"ipv{entry.address.version}" for entry in self._longest())
+        families = collections.Counter(f"ipv{entry.address.version}" for entry in self.learned.longest_of_each())
         return metrics.Snapshot(
             enforcing=self.policy.mode is Mode.ENFORCE and self._table_present,
             mode=self.policy.mode.value,
@@ -1234,7 +1398,26 @@ class Enforcement:
             evicted=self.learned.evicted,
             events_lost=self._lost(),
             audit_dropped=self.auditor.dropped(self.reports.lost if self.reports else 0),
+            rooms=self._rooms(),
         )
+
+    def _rooms(self) -> dict[Bounded, Room]:
+        rooms = {
+            Bounded.LEARNED: Room(self.learned.capacity, self.learned.permissions, self.learned.evicted),
+            Bounded.OWN_QUESTIONS: Room(UNREADABLE_AT_ONCE, len(self._asking), self._questions.turned_away),
+            Bounded.CONTROL_CLIENTS: self.askers,
+            **self._in_bpf,
+            **self.auditor.rooms(),
+        }
+        if self.guard is not None:
+            rooms[Bounded.INTERFACES] = self.guard.room
+        if self.cgroup_watch is not None:
+            rooms[Bounded.CGROUP_WATCHES] = self.cgroup_watch.room
+        if self._responder is not None:
+            rooms[Bounded.RESPONDER_CLIENTS] = self._responder.room
+        if self.metrics_server is not None:
+            rooms[Bounded.METRICS_CLIENTS] = self.metrics_server.room
+        return rooms
 
     def _refusals(self, mode: Mode) -> dict[tuple[str, str], int]:
         """How often each (scope, protocol) was refused, by whoever of nftables and BPF counts."""
@@ -1261,8 +1444,30 @@ class Enforcement:
             raise metrics.SnapshotError(str(error)) from None
 
 
+def _exact_names(policy: Policy) -> set[str]:
+    return {host.name for rule in policy.rules for host in rule.hosts if not host.wildcard}
+
+
 def _cgroup_key(cgroup: procfs.Cgroup) -> bytes:
     return cgroup.cgroup_id.to_bytes(8, sys.byteorder)
+
+
+def _used_at_ns(learned: bytes) -> int:
+    return int(kernel_abi.LEARNED.codec.unpack(learned)[2])
+
+
+def _says_other(value: bytes, before: bytes) -> bool:
+    """Whether two values of `learned` differ in more than when it was used, and a second of their ends."""
+    pattern, *ends = _pattern_and_ends(value)
+    pattern_before, *ends_before = _pattern_and_ends(before)
+    return pattern != pattern_before or any(
+        abs(end - end_before) > NANOSECONDS for end, end_before in zip(ends, ends_before, strict=True)
+    )
+
+
+def _pattern_and_ends(learned: bytes) -> tuple[int, int, int, int]:
+    expires_ns, pattern, _, unnamed_until, proxy_until = kernel_abi.LEARNED.codec.unpack(learned)
+    return pattern, expires_ns, unnamed_until, proxy_until
 
 
 def _u32(value: int) -> bytes:

@@ -15,7 +15,8 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 
-from enforcer import bpf, catalogue, conntrack, kernel_abi, netlink
+from enforcer import bpf, catalogue, conntrack, kernel_abi, netlink, procfs
+from enforcer.bounds import Room
 from enforcer.denial import TLS_ALERT
 from enforcer.kernel_abi import (
     Answer,
@@ -26,7 +27,7 @@ from enforcer.kernel_abi import (
     Listed,
     MarkedScope,
 )
-from enforcer.policy import Level, Mode, Policy, RuleKind, name_permissions, pattern_id
+from enforcer.policy import Level, Mode, Policy, RuleKind, pattern_id
 from enforcer.topology import AttachmentPlan
 
 log = logging.getLogger("registry-enforcer")
@@ -92,6 +93,7 @@ class Guard:
         self._program = kernel.programs["guard"]
         self._attached: set[int] = set()
         self._unattachable: set[int] = set()  # each logged once
+        self.room = Room(kernel_abi.MAX_UPLINKS)  # for interfaces with a link address
         self._uplinks: dict[bytes, bytes] = {}
         self._own_links: dict[bytes, bytes] = {}
         self._observing = False
@@ -122,8 +124,8 @@ class Guard:
 
     def end_what_lost_its_name(self, before: Policy, after: Policy) -> int:
         """End the open connections that `after` would not begin: whose name no pattern allows any more."""
-        lost = {pattern_id(entry.pattern) for entry in name_permissions(before)}
-        lost -= {pattern_id(entry.pattern) for entry in name_permissions(after)}
+        had, has = ({host for rule in policy.rules for host in rule.hosts} for policy in (before, after))
+        lost = set(map(pattern_id, had - has))
         if not lost:
             return 0
         flows = self._kernel.maps["flows"]
@@ -146,11 +148,9 @@ class Guard:
         self._plan = plan
         taken = set()
         maps = self._kernel.maps
-        own_links = {
-            kernel_abi.pack_link(entry.interface.link_address): b"\1"
-            for entry in plan.roles
-            if len(entry.interface.link_address) == 6
-        }
+        interfaces = (*plan.uplinks, *(entry.interface for entry in plan.roles))  # what leaves has an uplink's
+        links = {each.link_address: None for each in interfaces if len(each.link_address) == 6}
+        own_links = {kernel_abi.pack_link(link): b"\1" for link in self.room.fit(tuple(links))}
         if own_links != self._own_links:
             maps["own_links"].replace_all(own_links)
             self._own_links = own_links
@@ -166,6 +166,8 @@ class Guard:
                 if was_there and attachment is netlink.Attachment.MADE:
                     taken.add(interface.name)
             except netlink.NetlinkError as error:
+                if error.errno in procfs.EXHAUSTED:
+                    raise
                 if interface.index not in self._unattachable:
                     self._unattachable.add(interface.index)
                     log.warning(
@@ -174,10 +176,12 @@ class Guard:
                         interface.name,
                         error,
                     )
-        self._attached.intersection_update(interface.index for interface in plan.uplinks)
+        present = {interface.index for interface in plan.uplinks}
+        self._attached &= present
+        self._unattachable &= present
         uplinks = {
             _u32(interface.index): kernel_abi.pack_uplink(self._any_port, ethernet=bool(interface.link_address))
-            for interface in plan.uplinks
+            for interface in plan.uplinks[: kernel_abi.MAX_UPLINKS]
         }
         if uplinks != self._uplinks and self._begun:
             maps["uplinks"].replace_all(uplinks)

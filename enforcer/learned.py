@@ -21,7 +21,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from enforcer.dns_answer import DnsAnswer
-from enforcer.kernel_abi import LIFETIME_CEILING_SECONDS, LIFETIME_FLOOR_SECONDS, REFRESH_MARGIN_SECONDS, RangeClass
+from enforcer.kernel_abi import (
+    LIFETIME_CEILING_SECONDS,
+    LIFETIME_FLOOR_SECONDS,
+    MAX_LEARNED,
+    REFRESH_MARGIN_SECONDS,
+    RangeClass,
+)
 from enforcer.policy import Address, HostPattern, Rule
 
 Destination = tuple[Address, int]  # (address, port)
@@ -84,6 +90,10 @@ def combined(changes: Iterable[Changes]) -> Changes:
     return Changes(tuple(permit.values()), tuple(withdraw), tuple(forget))
 
 
+def _expiry(entry: LearnedAddress) -> float:
+    return entry.expires_at
+
+
 def _never(_: Destination) -> float:
     return -math.inf
 
@@ -118,7 +128,7 @@ class LearnedAddresses:
     A holder with more makes room among its own, a full memory among those of the largest holder; `evicted` counts.
     """
 
-    capacity: int = 262_144
+    capacity: int = MAX_LEARNED
     per_holder: int = 16_384
     evicted: int = 0
     last_used: LastUsed = _never
@@ -133,6 +143,11 @@ class LearnedAddresses:
     def __len__(self) -> int:
         return len(self._holders)
 
+    @property
+    def permissions(self) -> int:
+        """How many are held: destinations times their holders."""
+        return self._permissions
+
     def __contains__(self, destination: Destination) -> bool:
         return destination in self._holders
 
@@ -140,13 +155,18 @@ class LearnedAddresses:
         for holders in self._holders.values():
             yield from holders.values()
 
+    def longest_of_each(self) -> Iterator[LearnedAddress]:
+        """For each destination the permission that ends last."""
+        for holders in self._holders.values():
+            yield max(holders.values(), key=_expiry) if len(holders) > 1 else next(iter(holders.values()))
+
     def holders(self, destination: Destination) -> tuple[LearnedAddress, ...]:
         """Every permission that a destination has."""
         return tuple(self._holders.get(destination, {}).values())
 
     def longest(self, destination: Destination) -> LearnedAddress:
         """The permission that ends last; KeyError if there is none."""
-        return max(self._holders[destination].values(), key=lambda entry: entry.expires_at)
+        return max(self._holders[destination].values(), key=_expiry)
 
     def holds(self, entry: LearnedAddress) -> bool:
         """Whether to learn `entry` would change nothing: its holder has the destination, for about as long."""
@@ -196,25 +216,31 @@ class LearnedAddresses:
                 gone.append(destination)
         return tuple(gone)
 
-    def narrowed(self, keep: Callable[[LearnedAddress], bool]) -> tuple[LearnedAddresses, Changes]:
+    def narrowed(
+        self, keep: Callable[[LearnedAddress], bool], capacity: int | None = None, now: float = math.inf
+    ) -> tuple[LearnedAddresses, Changes]:
         """This memory with only the permissions that `keep` wants, and what the kernel must be told to agree.
 
-        What others still hold stays, for as long as they do. This object stays as it is, for when the kernel refuses.
+        What others still hold stays, for as long as they do, and as far as there is room: the least recently used goes
+        first. This object stays as it is, for when the kernel refuses. `capacity` None: as before.
         """
-        kept = LearnedAddresses(self.capacity, self.per_holder, self.evicted, self.last_used)
+        kept = LearnedAddresses(capacity or self.capacity, self.per_holder, self.evicted, self.last_used)
         for holder, waiting in self._waiting.items():
             for destination in waiting:
                 entry = self._holders[destination][holder]
                 if keep(entry):
                     kept._hold(entry)
+        forget = {evicted: None for evicted in kept._make_room_for_all(now) if evicted not in kept}
         permit = []
         withdraw = []
         for destination in self._holders:
+            if destination in forget:
+                continue
             if destination not in kept:
                 withdraw.append(destination)
             elif (longest := kept.longest(destination)).expires_at < self.longest(destination).expires_at:
                 permit.append(longest)
-        return kept, Changes(tuple(permit), tuple(withdraw))
+        return kept, Changes(tuple(permit), tuple(withdraw), tuple(forget))
 
     def _hold(self, entry: LearnedAddress) -> None:
         """Hold a permission whose holder is new."""
@@ -257,6 +283,10 @@ class LearnedAddresses:
         """Evict what is over the bounds now that `holder` has one more; what was evicted."""
         while len(self._waiting[holder]) > self.per_holder:
             yield self._evict(holder, now)
+        yield from self._make_room_for_all(now)
+
+    def _make_room_for_all(self, now: float) -> Iterator[Destination]:
+        """Evict what is over the bound of all holders together."""
         if self._permissions > self.capacity:
             room = self.capacity - self.capacity // _ROOM
             for largest in sorted(self._waiting, key=lambda each: len(self._waiting[each]), reverse=True):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import errno
 import logging
 import math
 import re
 import socket
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -20,6 +21,7 @@ from prometheus_client.registry import Collector
 
 from enforcer import __version__
 from enforcer.audit_record import Drifted
+from enforcer.bounds import Bounded, Room
 from enforcer.denial import Answered
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series beside each counter that nobody here would read
@@ -39,6 +41,17 @@ _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) ([!-~]{1,1000}) HTTP/1\.[01]\r\n")
 
 log = logging.getLogger("registry-enforcer")
+
+
+class Fault(enum.Enum):
+    """What was refused for a moment, and is tried again."""
+
+    NFTABLES = "nftables"  # a transaction
+    KERNEL = "kernel"  # any other request: BPF, netlink, a descriptor, a file of /proc or /sys
+    LINK_EVENTS = "link-events"  # lost, and everything is read anew
+    TABLE_EVENTS = "table-events"  # the same of nftables
+    STATE = "state"  # the state file
+    CLIENTS = "clients"  # a connection to the metrics or the control socket
 
 
 class MetricsError(Exception):
@@ -64,6 +77,7 @@ class Snapshot:
     evicted: int
     events_lost: int
     audit_dropped: Mapping[str, int]  # by where they got lost
+    rooms: Mapping[Bounded, Room] = field(default_factory=dict)  # those that this kernel has a use for
 
 
 class Metrics(Collector):
@@ -109,6 +123,14 @@ class Metrics(Collector):
         )
         for what in Drifted:
             self.drift_repairs.labels(what.value)
+        self.faults = Counter(
+            "enforcer_faults",
+            "What the kernel or a disk refused for a moment, and was or will be tried again, by what it was.",
+            ["what"],
+            registry=self.registry,
+        )
+        for fault in Fault:
+            self.faults.labels(fault.value)
         self.learn_seconds = Histogram(
             "enforcer_learn_seconds",
             "From the arrival of a DNS answer to its addresses being in the nftables set.",
@@ -175,6 +197,18 @@ class Metrics(Collector):
         for where, count in now.audit_dropped.items():
             dropped.add_metric([where], count)
         yield dropped
+        held = GaugeMetricFamily("enforcer_held", "What is held of everything that has a bound.", labels=["what"])
+        limit = GaugeMetricFamily("enforcer_held_limit", "The bound: so many at most.", labels=["what"])
+        reached = CounterMetricFamily(
+            "enforcer_bound_reached",
+            "What found no place because a bound was reached, or cost another one its place.",
+            labels=["what"],
+        )
+        for what, room in now.rooms.items():
+            held.add_metric([what.value], room.held)
+            limit.add_metric([what.value], room.limit)
+            reached.add_metric([what.value], room.turned_away)
+        yield from (held, limit, reached)
 
 
 class Server:
@@ -194,6 +228,7 @@ class Server:
         self._place = address, port
         self._listener: socket.socket | None = None
         self._clients: dict[asyncio.StreamWriter, None] = {}  # the oldest first
+        self._turned_away = 0
         self._text = b""
         self._making = asyncio.Lock()
         self._made_at = self._refilled_at = -math.inf
@@ -220,6 +255,11 @@ class Server:
     ) -> None:
         if self._listener is not None:
             self._listener.close()
+
+    @property
+    def room(self) -> Room:
+        """How many ask."""
+        return Room(MAX_CLIENTS, len(self._clients), self._turned_away)
 
     @property
     def url(self) -> str:
@@ -266,6 +306,7 @@ class Server:
             oldest = next(iter(self._clients))
             del self._clients[oldest]
             oldest.transport.abort()
+            self._turned_away += 1
         try:
             async with asyncio.timeout(CLIENT_SECONDS):
                 try:

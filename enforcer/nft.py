@@ -99,11 +99,14 @@ class Nft:
     def apply(self, text: str) -> None:
         """Takes `text` as one transaction: all of it, or NftError and nothing."""
         # As a file, since libnftables names the wrong line for a string of several.
-        with os.fdopen(os.memfd_create("ruleset"), "wb") as file:
-            file.write(text.encode())
-            file.flush()
-            path = f"/proc/self/fd/{file.fileno()}"
-            status, _, message = self._library.cmd_from_file(path)
+        try:
+            with os.fdopen(os.memfd_create("ruleset"), "wb") as file:
+                file.write(text.encode())
+                file.flush()
+                path = f"/proc/self/fd/{file.fileno()}"
+                status, _, message = self._library.cmd_from_file(path)
+        except OSError as error:
+            raise NftError(f"no memory file for a ruleset: {error.strerror}") from error
         if len(text) > _LARGE_CHARACTERS:
             # libnftables' syntax tree takes a hundred times the text and more; the C library would keep it.
             _libc.malloc_trim(0)
@@ -198,10 +201,13 @@ class Nft:
 
     def _dump(self, message: int, request: bytes) -> list[dict[int, bytes]]:
         """The attributes of each object, read again if somebody changed the tables meanwhile."""
-        for _ in range(_DUMP_ATTEMPTS):
-            objects = self._dump_once(message, request)
-            if objects is not None:
-                return objects
+        try:
+            for _ in range(_DUMP_ATTEMPTS):
+                objects = self._dump_once(message, request)
+                if objects is not None:
+                    return objects
+        except OSError as error:
+            raise NftError(f"reading table inet {TABLE}: {error.strerror or error}") from error
         raise NftError(f"nf_tables changed during each of {_DUMP_ATTEMPTS} readings")
 
     def _dump_once(self, message: int, request: bytes) -> list[dict[int, bytes]] | None:

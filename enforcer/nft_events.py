@@ -113,7 +113,10 @@ class TableWatch:
         (port,) = struct.unpack_from("=I", datagram, _AT_PORT)
         if port in self._own:
             return False
-        self._leave_out_own()  # libnftables may have opened another socket
+        try:
+            self._leave_out_own()  # libnftables may have opened another socket
+        except OSError:
+            return True  # no descriptors to look: to write the table for nothing costs little
         return port not in self._own
 
     def _leave_out_own(self) -> None:

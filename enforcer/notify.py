@@ -14,6 +14,8 @@ import os
 import socket
 import time
 from collections.abc import MutableMapping
+from types import TracebackType
+from typing import Self
 
 _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 _SEND_SECONDS = 1.0  # systemd reads at once; one that is being replaced does not, and must not hang the loop
@@ -23,7 +25,11 @@ log = logging.getLogger("registry-enforcer")
 
 
 class Supervisor:
-    """Whoever started this daemon, as far as it wants to be told. Nothing raises: the watchdog sees what is lost."""
+    """Whoever started this daemon, as far as it wants to be told. Nothing raises: the watchdog sees what is lost.
+
+    A context manager: it keeps one socket, because a watchdog that went hungry for want of a descriptor would end a
+    daemon that is well.
+    """
 
     def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
         address, deadline, watched = (environment.pop(name, "") for name in _VARIABLES)
@@ -34,6 +40,16 @@ class Supervisor:
         self.alive_every_seconds: float | None = None
         if address and is_for_us and deadline.isascii() and deadline.isdigit() and int(deadline):
             self.alive_every_seconds = int(deadline) / 1_000_000 / _ALIVES_A_DEADLINE
+
+    def __enter__(self) -> Self:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.settimeout(_SEND_SECONDS)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._socket.close()
 
     def ready(self, status: str) -> None:
         """The start, or a reload, is over."""
@@ -55,9 +71,7 @@ class Supervisor:
         if not self._address:
             return
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.settimeout(_SEND_SECONDS)
-                sock.sendto("\n".join(assignments).encode(errors="replace"), self._address)
+            self._socket.sendto("\n".join(assignments).encode(errors="replace"), self._address)
         except OSError as error:
             if not self._failed:
                 log.warning("systemd cannot be told %s: %s", assignments[0], error.strerror or error)

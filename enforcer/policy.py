@@ -40,6 +40,8 @@ file, the line, what is wrong and what to write instead.
     file = "/var/log/registry-enforcer/audit.jsonl"  # beside standard output
     [mark]
     mask = 0xE0000000                       # the three bits of packet marks that nobody else on this host uses
+    [limits]
+    learned_addresses = 262144              # then the least recently used makes room
 
 Everything is optional, and what is not allowed is refused: a policy without rules refuses every registry.
 """
@@ -67,7 +69,16 @@ from typing import TypeVar
 import idna
 
 from enforcer import trusted_files
-from enforcer.kernel_abi import DEFAULT_MARKS, MARK_BITS, MAX_NAMES, MAX_PORTS_PER_NAME, MAX_RESOLVERS, Marks
+from enforcer.kernel_abi import (
+    DEFAULT_MARKS,
+    MARK_BITS,
+    MAX_LEARNED,
+    MAX_LISTED,
+    MAX_NAMES,
+    MAX_PORTS_PER_NAME,
+    MAX_RESOLVERS,
+    Marks,
+)
 from enforcer.toml_lines import line_of
 
 Address = IPv4Address | IPv6Address
@@ -206,6 +217,7 @@ class Policy:
     refusal: RefusalText = RefusalText()
     audit_file: Path | None = None  # beside standard output
     marks: Marks = DEFAULT_MARKS
+    learned_addresses: int = MAX_LEARNED  # how many are held at most; above the least recently used one goes
     mark_line: int = 1  # of mark.mask, for whoever finds that it cannot be had; 1-based
 
     @property
@@ -269,6 +281,8 @@ class PolicyError(Exception):
 MAX_POLICY_BYTES = 32 << 20  # MAX_NAMES of the longest names
 MAX_TEXT_CHARACTERS = 200  # of organization and contact: they go into every refusal
 MAX_MESSAGE_CHARACTERS = 500
+LEARNED_ADDRESSES = MAX_LEARNED  # more the guard could not know of
+MIN_LEARNED_ADDRESSES = 1_024
 REFUSAL_PLACEHOLDERS = ("name", "address", "port", "organization", "contact", "reference")
 REGISTRY_PORTS: tuple[int, ...] = (443, 5000)
 RULE_PORTS: tuple[int, ...] = (443,)
@@ -276,7 +290,7 @@ DNS_OVER_TLS_PORT = 853
 
 _DEFAULT = 'presets = ["docker-hub"]\n'
 _TOP_KEYS = ("organization", "contact", "mode", "ports", "presets", "preset", "scope", "registry", "destination",
-             "proxy", "resolvers", "refusal", "audit", "mark")  # fmt: skip
+             "proxy", "resolvers", "refusal", "audit", "mark", "limits")  # fmt: skip
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 # Underscores are no host name's (RFC 952), but occur in DNS names that engines do ask for.
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
@@ -427,6 +441,7 @@ def _policy(document: Table, source: str, digest: str, wsl: bool) -> Policy:
         refusal=_read(table, "refusal", _refusal, RefusalText()),
         audit_file=_read(table, "audit", _audit_file, None),
         marks=_read(table, "mark", _mark, DEFAULT_MARKS),
+        learned_addresses=_read(table, "limits", _limits, LEARNED_ADDRESSES),
     )
 
 
@@ -636,6 +651,23 @@ def _mark(value: object) -> Marks:
     return _read(_table(value, "mask"), "mask", _mask, DEFAULT_MARKS)
 
 
+def _limits(value: object) -> int:
+    table = _table(value, "learned_addresses")
+    return _read(table, "learned_addresses", _learned_addresses, LEARNED_ADDRESSES)
+
+
+def _learned_addresses(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _UnplacedError(
+            f"{_shown(value)} is not a number", f"write it without quotes, such as {LEARNED_ADDRESSES}"
+        )
+    if not MIN_LEARNED_ADDRESSES <= value <= LEARNED_ADDRESSES:
+        raise _UnplacedError(
+            f"{_shown(value)} learned addresses", f"write {MIN_LEARNED_ADDRESSES} to {LEARNED_ADDRESSES}, the default"
+        )
+    return value
+
+
 def _mask(value: object) -> Marks:
     example = f"such as {DEFAULT_MARKS.mask:#010x}"
     if not isinstance(value, int) or isinstance(value, bool):
@@ -668,6 +700,7 @@ def _rules(table: Table, registry_ports: tuple[int, ...]) -> tuple[Rule, ...]:
         placed += [(rule, (key, position, "name")) for position, rule in enumerate(rules)]
     names: set[str] = set()
     patterns: set[HostPattern] = set()
+    listed = 0
     for rule, place in placed:
         if rule.name in names:
             raise _UnplacedError(
@@ -678,6 +711,11 @@ def _rules(table: Table, registry_ports: tuple[int, ...]) -> tuple[Rule, ...]:
         if len(patterns) > MAX_NAMES:
             too_many = _UnplacedError(f"more than {MAX_NAMES} host names", 'write wildcards, such as "*.corp.example"')
             raise too_many.inside(*place)
+        listed += len(rule.addresses) * len(rule.ports)
+        if listed > MAX_LISTED:
+            raise _UnplacedError(
+                f"more than {MAX_LISTED} pairs of an address and a port", 'write networks, such as "10.20.0.0/16"'
+            ).inside(*place)
     return tuple(rule for rule, _ in placed)
 
 
@@ -1003,6 +1041,7 @@ def _combined(pattern: HostPattern, rules: Mapping[str, Rule]) -> NamePermission
     )
 
 
+@functools.lru_cache(maxsize=16_384)
 def pattern_id(pattern: HostPattern) -> int:
     """64 bits that name the pattern to the kernel, the same in every run."""
     return int.from_bytes(hashlib.blake2b(str(pattern).encode("ascii"), digest_size=8).digest(), "big")

@@ -1,7 +1,8 @@
 """What the host says about itself in files: resolvers, WSL, namespaces, the cgroup hierarchy; and changes of it.
 
-Files are read whole, up to a bound, and a file that is missing or unreadable is an empty one. Changes come from
-inotify; a lost notification is answered by reading everything again.
+Files are read whole, up to a bound, and a file that is missing or unreadable is an empty one; what is unreadable for
+want of descriptors or memory is not, but an OSError. Changes come from inotify; a lost notification is answered by
+reading everything again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import socket
@@ -21,6 +23,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from enforcer.attribution import classify_cgroup
+from enforcer.bounds import Room
 from enforcer.kernel_abi import MarkedScope
 from enforcer.policy import Address
 
@@ -35,6 +38,7 @@ WSL_RESOLVER: Final = IPv4Address("10.255.255.254")  # on lo since WSL 2.2.1, un
 
 UNIFIED: Final = Path("/sys/fs/cgroup")  # where the v2 hierarchy is when there is no other
 
+MAX_WATCHES = Path("/proc/sys/fs/inotify/max_user_watches")
 _READ_BYTES = 65_536
 _MODULES_READ_BYTES = 4_194_304  # a distribution's modules.dep has 0.7 MB
 _SYMLINK_HOPS = 40  # the kernel's own limit, MAXSYMLINKS
@@ -52,6 +56,10 @@ _FILE_CHANGES = (_IN_ATTRIB | _IN_CLOSE_WRITE | _IN_MOVED_FROM | _IN_MOVED_TO) |
 _INOTIFY_EVENT = struct.Struct("=iIII")  # watch, mask, cookie, length of the name
 _FILE_HANDLE = struct.Struct("=Iiq")  # struct file_handle with a 64-bit handle: bytes, type, cgroup id
 
+# What says nothing of the file, and passes.
+EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+RETRY_SECONDS = 1.0
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -59,7 +67,9 @@ def _read(path: Path, limit: int = _READ_BYTES) -> str:
     try:
         with path.open("rb") as file:
             return file.read(limit).decode(errors="replace")
-    except OSError:
+    except OSError as error:
+        if error.errno in EXHAUSTED:
+            raise
         return ""
 
 
@@ -246,19 +256,45 @@ def _walk(root: Path, start: str, found: dict[str, Cgroup]) -> Iterator[str]:
 
 
 # --- changes ---------------------------------------------------------------------------------------------------------
-class _Inotify:
-    """An inotify descriptor, read by the running event loop."""
+Refused = Callable[[OSError], None]
 
-    def __init__(self, mask: int, on_events: Callable[[], None]) -> None:
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+class _Inotify:
+    """An inotify descriptor, read by the running event loop.
+
+    Where there are no descriptors to look at what changed, `refused` is told, and `on_events` called again in a second.
+    """
+
+    def __init__(self, mask: int, on_events: Callable[[], None], refused: Refused) -> None:
         self._mask = mask
+        self._on_events = on_events
+        self._refused = refused
+        self._again: asyncio.TimerHandle | None = None
         self._fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self._fd < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._fd, on_events)
+        self._loop.add_reader(self._fd, self._run)
+
+    def _run(self) -> None:
+        try:
+            self._on_events()
+        except OSError as error:
+            if error.errno not in EXHAUSTED:
+                raise
+            self._refused(error)
+            if self._again is not None:
+                self._again.cancel()
+            self._again = self._loop.call_later(RETRY_SECONDS, self._run)
 
     def close(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
 
@@ -291,13 +327,15 @@ class FileWatch:
     made or removed. Needs a running event loop.
     """
 
-    def __init__(self, paths: Iterable[Path], callback: Callable[[], None]) -> None:
+    def __init__(self, paths: Iterable[Path], callback: Callable[[], None], refused: Refused = _raise) -> None:
+        """`refused`: there were no descriptors to look; it is tried again."""
         self._paths = tuple(paths)
         self._callback = callback
+        self._refused = refused
         self._watches: set[int] = set()
 
     def __enter__(self) -> Self:
-        self._inotify = _Inotify(_FILE_CHANGES, self._look)
+        self._inotify = _Inotify(_FILE_CHANGES, self._look, self._refused)
         self._arm()
         self._content = self._read_all()
         return self
@@ -348,15 +386,25 @@ class CgroupWatch:
     start is in `known` and is not called back. Needs a running event loop.
     """
 
-    def __init__(self, root: Path, callback: Callable[[Collection[Cgroup], Collection[Cgroup]], None]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        callback: Callable[[Collection[Cgroup], Collection[Cgroup]], None],
+        refused: Refused = _raise,
+    ) -> None:
+        """`refused`: there were no descriptors to look; it is tried again."""
         self.known: dict[str, Cgroup] = {}
         self.unwatched = 0  # directories for which the kernel had no watch left (fs.inotify.max_user_watches)
         self._root = root
         self._callback = callback
+        self._refused = refused
+        self._complete = True  # False: a look that has begun did not come to its end
         self._watched: dict[int, str] = {}
+        text = _read(MAX_WATCHES).strip()
+        self._most = int(text) if text.isdigit() else 0
 
     def __enter__(self) -> Self:
-        self._inotify = _Inotify(_IN_CREATE | _IN_DELETE | _IN_ONLYDIR, self._follow)
+        self._inotify = _Inotify(_IN_CREATE | _IN_DELETE | _IN_ONLYDIR, self._follow, self._refused)
         self.known = self._look("")
         return self
 
@@ -364,6 +412,11 @@ class CgroupWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._inotify.close()
+
+    @property
+    def room(self) -> Room:
+        """Directories that are watched, of those that the kernel lets this user watch."""
+        return Room(self._most, len(self._watched), self.unwatched)
 
     def _look(self, start: str) -> dict[str, Cgroup]:
         """Watch and list everything at and below `start`; the watch comes first, so that nothing is missed."""
@@ -377,7 +430,8 @@ class CgroupWatch:
         return found
 
     def _follow(self) -> None:
-        known = self.known.copy()
+        known = self.known.copy() if self._complete else self._look("")
+        self._complete = False
         for watch, mask, name in self._inotify.events():
             if mask & _IN_Q_OVERFLOW:
                 known = self._look("")
@@ -388,6 +442,7 @@ class CgroupWatch:
                 known.pop(path, None)
                 if mask & _IN_CREATE:
                     known |= self._look(path)
+        self._complete = True
         before, after = set(self.known.values()), set(known.values())
         self.known = known
         if before != after:

@@ -21,6 +21,7 @@ from ipaddress import ip_address
 from types import TracebackType
 from typing import Self
 
+from enforcer.bounds import Room
 from enforcer.denial import (
     MAX_REQUEST_BYTES,
     TLS_ALERT,
@@ -46,6 +47,7 @@ MAX_CLIENTS = 512
 FIRST_BYTE_SECONDS = 1.0
 DECISION_SECONDS = 2.0
 LINGER_SECONDS = 1.0  # for the client to read its answer; closed earlier with unread bytes, it would see a reset
+EXHAUSTED_SECONDS = 0.25  # between two attempts to accept where there are no descriptors
 MAX_READS = 64  # of one client: each parses all over again
 _BACKLOG = 4_096
 _ACCEPTS_AT_ONCE = 64  # then the loop's other work gets its turn
@@ -75,6 +77,8 @@ class Responder:
         self._clients: dict[_Client, None] = {}  # undecided ones and those that read their answer, the oldest first
         self._crowds: dict[Address, dict[_Client, None]] = {}  # the same by address
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turned_away = 0
+        self._resume: dict[socket.socket, asyncio.TimerHandle] = {}  # listeners that wait for a descriptor
 
     def __enter__(self) -> Self:
         self._listeners = _listen()
@@ -87,6 +91,8 @@ class Responder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        for timer in self._resume.values():
+            timer.cancel()
         for listener in self._listeners:
             self._loop.remove_reader(listener)
             listener.close()
@@ -99,6 +105,11 @@ class Responder:
         """How many clients there are."""
         return len(self._clients)
 
+    @property
+    def room(self) -> Room:
+        """How many there are, and how many had to go for others."""
+        return Room(MAX_CLIENTS, len(self._clients), self._turned_away)
+
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(_ACCEPTS_AT_ONCE):
             try:
@@ -109,6 +120,9 @@ class Responder:
                 if error.errno not in _EXHAUSTED:
                     continue  # that connection's fault, accept(2)
                 if not self._clients:
+                    # Nobody here can make room: asked at once again, the socket would keep the loop busy for nothing.
+                    self._loop.remove_reader(listener)
+                    self._resume[listener] = self._loop.call_later(EXHAUSTED_SECONDS, self._listen_again, listener)
                     return
                 self._make_room()
                 continue
@@ -124,9 +138,14 @@ class Responder:
             self._clients[client] = None
             self._crowds.setdefault(source[0], {})[client] = None
 
+    def _listen_again(self, listener: socket.socket) -> None:
+        del self._resume[listener]
+        self._loop.add_reader(listener, self._accept, listener)
+
     def _make_room(self) -> None:
         largest: dict[_Client, None] = max(self._crowds.values(), key=len)
         next(iter(largest)).drop()
+        self._turned_away += 1
 
     # --- what clients call -------------------------------------------------------------------------------------------
     def refuse(self, client: _Client, name: str | None, answered: Answered) -> str:

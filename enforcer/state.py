@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -42,12 +43,29 @@ class SavedAddress:
     rule: str
     pattern: HostPattern
     expires_at: float  # Unix seconds
+    seconds_left: float  # until then, when it was saved: what it may live at most, whatever the clock says by now
 
 
-def render(entries: Iterable[SavedAddress]) -> bytes:
+class StateFile:
+    """The file of one state directory."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+
+    def save(self, entries: Iterable[SavedAddress]) -> None:
+        """Replace it; StateError leaves the old one."""
+        save(self._state_dir, entries)
+
+    def load(self) -> list[SavedAddress]:
+        """What it holds; StateError if it is not to be believed."""
+        return load(self._state_dir)
+
+
+def render(entries: Iterable[SavedAddress], saved_at: float) -> bytes:
     """The content of the file."""
     document = {
         "version": VERSION,
+        "saved_at": round(saved_at),
         "learned": [
             [str(entry.address), entry.port, entry.name, entry.rule, str(entry.pattern), round(entry.expires_at)]
             for entry in entries
@@ -59,7 +77,7 @@ def render(entries: Iterable[SavedAddress]) -> bytes:
 def save(state_dir: Path, entries: Iterable[SavedAddress]) -> None:
     """Replace the file in `state_dir` (made if missing, mode 0700); StateError leaves the old one."""
     try:
-        trusted_files.replace(state_dir / FILE_NAME, (render(entries),), make=True)
+        trusted_files.replace(state_dir / FILE_NAME, (render(entries, time.time()),), make=True)
     except UntrustedError as error:
         raise StateError(f"{state_dir / FILE_NAME} is not written: {error}") from None
     except OSError as error:
@@ -102,13 +120,16 @@ def parse(text: bytes) -> list[SavedAddress]:
         document = json.loads(text)
         if document["version"] != VERSION:
             raise ValueError(f"version {str(document['version'])[:20]!r} is not {VERSION}")
-        return [_entry(*fields) for fields in document["learned"]]
-    except (TypeError, KeyError, RecursionError) as error:
+        saved_at = document.get("saved_at", 0)  # earlier versions did not say
+        if type(saved_at) is not int or not 0 <= saved_at < 1 << 40:
+            raise ValueError("saved_at is no time")
+        return [_entry(saved_at, *fields) for fields in document["learned"]]
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)) from None
 
 
 def _entry(
-    address: object, port: object, name: object, rule: object, pattern: object, expires_at: object
+    saved_at: int, address: object, port: object, name: object, rule: object, pattern: object, expires_at: object
 ) -> SavedAddress:
     """Nothing that a packet, a set of nftables or a terminal could not hold."""
     if not (isinstance(address, str) and isinstance(name, str) and isinstance(rule, str) and isinstance(pattern, str)):
@@ -117,4 +138,4 @@ def _entry(
         raise TypeError("an entry's port or time is none")
     if "%" in address or len(name) > MAX_NAME or not (name + rule).isprintable():
         raise ValueError("an entry's address or name is none")
-    return SavedAddress(ip_address(address), port, name, rule, host_pattern(pattern), expires_at)
+    return SavedAddress(ip_address(address), port, name, rule, host_pattern(pattern), expires_at, expires_at - saved_at)

@@ -40,6 +40,7 @@ from enforcer.audit_record import (
     as_sentence,
 )
 from enforcer.auditing import NAME_SECONDS, REPORT_SECONDS, Auditor
+from enforcer.bounds import Bounded, Room
 from enforcer.cli import EXIT_NOT_RUNNING, main
 from enforcer.denial import Answered, Refusal
 from enforcer.kernel_abi import DEFAULT_MARKS, MarkedScope, Protocol
@@ -314,7 +315,7 @@ def test_more_lines_than_anybody_reads_are_dropped_and_counted(tmp_path: Path) -
         for _ in range(audit.BURST_LINES + 500):
             log.write("line", 0)
         until(lambda: path.exists() and len(path.read_text().splitlines()) == audit.BURST_LINES)
-        assert log.dropped == 500
+        assert log.dropped == log.room.turned_away == 500
         log.write("line", 1)  # a second later there is room again
     assert len(path.read_text().splitlines()) == audit.BURST_LINES + 1
 
@@ -545,8 +546,20 @@ def test_attempts_beyond_the_bound_are_counted(monkeypatch: pytest.MonkeyPatch) 
         auditor = Auditor(AuditLog(None, stdout=None), None, None)
         auditor.refused_packets(replace(REPORT, source=(SOURCE[0], port)) for port in range(25))
         assert auditor.dropped(lost_reports=3) == {"kernel": 3, "pending": 15, "output": 0}
+        assert auditor.rooms()[Bounded.PENDING_REFUSALS] == Room(10, 10, 15)
+        for port in range(1_000, 1_012):
+            auditor.answered(replace(REFUSAL, source=(SOURCE[0], port)))
+        assert auditor.rooms()[Bounded.EARLY_ANSWERS] == Room(10, 10, 2)
+        assert auditor.rooms()[Bounded.PENDING_REFUSALS].turned_away == 15
 
     asyncio.run(act())
+
+
+def test_more_kinds_of_refusals_than_are_folded_are_counted() -> None:
+    folding = Folding(capacity=2)
+    for port in range(5):
+        folding.add(AuditRecord(at=0, kind=Kind.REFUSED, destination=(SOURCE[0], port)), 0)
+    assert (len(folding), folding.closed_early) == (2, 3)
 
 
 def test_forwarded_packet_of_nobody_known_is_of_unknown_origin() -> None:

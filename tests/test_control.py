@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from enforcer import control
+from enforcer.bounds import Room
 
 OTHER = 65_533
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
@@ -332,7 +333,8 @@ def test_more_askers_than_there_is_room_for_are_told_and_the_slow_ones_end(
     monkeypatch.setattr(control, "REQUEST_DEADLINE_SECONDS", 1.0)
 
     async def crowd() -> None:
-        async with control.serve(tmp_path, answer):
+        askers = Room(control.MAX_ASKERS)
+        async with control.serve(tmp_path, answer, askers):
             slow = [
                 await asyncio.open_unix_connection(tmp_path / control.SOCKET_NAME) for _ in range(control.MAX_ASKERS)
             ]
@@ -340,11 +342,13 @@ def test_more_askers_than_there_is_room_for_are_told_and_the_slow_ones_end(
                 writer.write(b'{"comm')
             with pytest.raises(control.RequestError, match="others are asking"):
                 await asyncio.to_thread(control.request, tmp_path, {"command": "status"})
+            assert (askers.held, askers.turned_away) == (control.MAX_ASKERS, 1)
             for reader, writer in slow:
                 with contextlib.suppress(ConnectionResetError):  # it had not read all that they said
                     assert await asyncio.wait_for(reader.read(), 10) == b""
                 writer.close()
             assert json.loads(await ask_raw(tmp_path, b'{"command": "status"}\n')) == {"state": "enforcing"}
+            assert (askers.held, askers.turned_away) == (0, 1)
 
     asyncio.run(crowd())
 

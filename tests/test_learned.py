@@ -195,6 +195,21 @@ def test_a_shared_address_that_makes_room_under_one_rule_lives_on_under_the_othe
     assert {(each.rule, each.expires_at) for each in changes.permit} == {("wide", NOW + 86_400), ("corp", NOW + 300)}
 
 
+def test_smaller_memory_keeps_what_was_used_last_and_revokes_nothing() -> None:
+    used = {(ip_address("198.18.2.0"), 443): 100.0}
+    learned = LearnedAddresses(last_used=lambda destination: used.get(destination, -math.inf))
+    held = [entry(600, address=ip_address(f"198.18.2.{number}")) for number in range(8)]
+    learned.learn(held, 100)
+    smaller, changes = learned.narrowed(lambda _: True, 4, 100)
+    assert (len(smaller), smaller.permissions, smaller.evicted) == (4, 4, 4)
+    assert held[0].destination in smaller
+    assert set(changes.forget) == {each.destination for each in held[1:5]}
+    assert changes.withdraw == ()
+    assert len(learned) == 8  # for when the kernel refuses
+    larger, changes = smaller.narrowed(lambda _: True, 100, 100)
+    assert (len(larger), larger.capacity, bool(changes)) == (4, 100, False)
+
+
 def test_what_made_room_leaves_nothing_behind() -> None:
     learned = LearnedAddresses(per_holder=10)
     for number in range(10_000):

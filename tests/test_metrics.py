@@ -18,6 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from enforcer import __version__, metrics
+from enforcer.bounds import Bounded, Room
 from enforcer.kernel_abi import Outcome
 
 REQUEST = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -33,6 +34,7 @@ SNAPSHOT = metrics.Snapshot(
     evicted=7,
     events_lost=1,
     audit_dropped={"kernel": 2, "pending": 0, "output": 0},
+    rooms={Bounded.LEARNED: Room(9, 8, 7)},
 )
 
 
@@ -95,6 +97,9 @@ def test_every_promised_metric_is_there_with_help_and_its_value() -> None:
     assert values["enforcer_learned_evicted_total", ()] == 7
     assert values["enforcer_kernel_events_lost_total", ()] == 1
     assert values["enforcer_audit_dropped_total", ("kernel",)] == 2
+    assert values["enforcer_held", ("learned_permissions",)] == 8
+    assert values["enforcer_held_limit", ("learned_permissions",)] == 9
+    assert values["enforcer_bound_reached_total", ("learned_permissions",)] == 7
     assert values["enforcer_policy_reloads_total", ("bad_policy",)] == 0
     assert values["enforcer_learn_seconds_count", ()] == 0
     assert ("enforcer_build_info", (__version__,)) in values
@@ -156,6 +161,8 @@ def test_a_crowd_of_silent_clients_keeps_nobody_out_and_takes_no_descriptors() -
             try:
                 assert (await asyncio.wait_for(ask(server.port, REQUEST), 3)).startswith(b"HTTP/1.1 200")
                 assert open_descriptors() - before - len(silent) <= metrics.MAX_CLIENTS
+                assert server.room.held <= metrics.MAX_CLIENTS
+                assert server.room.turned_away >= len(silent) + 1 - metrics.MAX_CLIENTS
             finally:
                 for _, writer in silent:
                     writer.transport.abort()

@@ -203,6 +203,7 @@ def test_kernel_is_asked_where_a_resolver_is(netlink: Netlink) -> None:
 def test_plain_veth_that_carries_the_default_route_is_the_uplink(netlink: Netlink, elsewhere: int) -> None:
     ip("link add uplink type veth peer name far")
     ip(f"link set far netns {path_of(elsewhere)}; link set uplink up; address add 10.1.0.2/24 dev uplink")
+    ip("link add other type vxlan id 7 dstport 4789")  # else the only way that may lead out is taken for one that does
     resolver = ip_address("9.9.9.9")
     before = plan_attachments(netlink.interfaces(), netlink.routes(), {resolver: netlink.route_to(resolver)})
     assert before.internal == {"lo", "uplink"}

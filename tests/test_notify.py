@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,20 +28,21 @@ def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[s
 
 def test_each_message_is_one_datagram(listener: tuple[socket.socket, str]) -> None:
     sock, address = listener
-    supervisor = Supervisor({"NOTIFY_SOCKET": address})
-    supervisor.ready("mode enforce")
-    assert sock.recv(4096) == b"READY=1\nSTATUS=mode enforce"
-    supervisor.reloading()
-    assert sock.recv(4096).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
-    supervisor.alive()
-    assert sock.recv(4096) == b"WATCHDOG=1"
-    supervisor.stopping()
+    with Supervisor({"NOTIFY_SOCKET": address}) as supervisor:
+        supervisor.ready("mode enforce")
+        assert sock.recv(4096) == b"READY=1\nSTATUS=mode enforce"
+        supervisor.reloading()
+        assert sock.recv(4096).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+        supervisor.alive()
+        assert sock.recv(4096) == b"WATCHDOG=1"
+        supervisor.stopping()
     assert sock.recv(4096).startswith(b"STOPPING=1\nSTATUS=")
 
 
 def test_text_cannot_say_more_than_a_status(listener: tuple[socket.socket, str]) -> None:
     sock, address = listener
-    Supervisor({"NOTIFY_SOCKET": address}).ready("policy /etc/x\nMAINPID=1 \udcff")
+    with Supervisor({"NOTIFY_SOCKET": address}) as supervisor:
+        supervisor.ready("policy /etc/x\nMAINPID=1 \udcff")
     assert sock.recv(4096) == b"READY=1\nSTATUS=policy /etc/x MAINPID=1 ?"
 
 
@@ -71,17 +73,29 @@ def test_nobody_watches_unless_they_say_so(environment: dict[str, str]) -> None:
 
 
 def test_without_a_socket_nothing_is_sent() -> None:
-    supervisor = Supervisor({})
-    supervisor.ready("x")
-    supervisor.alive()
+    with Supervisor({}) as supervisor:
+        supervisor.ready("x")
+        supervisor.alive()
 
 
 def test_supervisor_that_has_gone_is_said_once_and_nothing_ends(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    supervisor = Supervisor({"NOTIFY_SOCKET": str(tmp_path / "gone")})
-    supervisor.alive()
-    supervisor.alive()
+    with Supervisor({"NOTIFY_SOCKET": str(tmp_path / "gone")}) as supervisor:
+        supervisor.alive()
+        supervisor.alive()
     assert [record.message for record in caplog.records] == [
         "systemd cannot be told WATCHDOG=1: No such file or directory"
     ]
+
+
+def test_watchdog_is_fed_without_a_descriptor_to_spare(listener: tuple[socket.socket, str]) -> None:
+    sock, address = listener
+    with Supervisor({"NOTIFY_SOCKET": address}) as supervisor:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))  # poll(2) takes no more than that
+        try:
+            supervisor.alive()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sock.recv(4096) == b"WATCHDOG=1"

@@ -15,7 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enforcer.kernel_abi import DEFAULT_MARKS, MAX_NAMES, MAX_PORTS_PER_NAME, Marks, pack_name_key
+from enforcer.guarding import listed_map
+from enforcer.kernel_abi import (
+    DEFAULT_MARKS,
+    MAX_LEARNED,
+    MAX_LISTED,
+    MAX_NAMES,
+    MAX_PORTS_PER_NAME,
+    Marks,
+    pack_name_key,
+)
 from enforcer.policy import (
     MAX_POLICY_BYTES,
     AuthorityFiles,
@@ -213,6 +222,20 @@ def test_a_proxy_is_found_by_name_or_by_address(place: str) -> None:
     assert bool(rule.hosts) != bool(rule.addresses)
 
 
+def test_bound_on_learned_addresses_is_the_policys() -> None:
+    assert parse("[limits]\nlearned_addresses = 1024", "policy.toml").learned_addresses == 1_024
+    for text in ("[limits]", "[limits]\nlearned_addresses = 262144", "mode = 'enforce'"):
+        assert parse(text, "policy.toml").learned_addresses == MAX_LEARNED == 262_144
+
+
+def test_no_more_addresses_and_ports_are_listed_than_the_kernel_holds() -> None:
+    listed = [f"10.{number >> 8}.{number & 255}.0/32" for number in range(MAX_LISTED // 2)]
+    text = f"[[registry]]\nname = 'corp'\nports = [443, 5000]\naddresses = {listed}\n"
+    assert len(listed_map(parse(text, "policy.toml"))) == MAX_LISTED
+    with pytest.raises(PolicyError, match=r"^policy.toml:6: more than 16384 pairs.*; write networks, such as"):
+        parse(text + "[[registry]]\nname = 'more'\naddresses = ['10.200.0.1']\n", "policy.toml")
+
+
 @pytest.mark.parametrize("text", ["[mark]", "[mark]\nmask = 0xE0000000", "[mark]\nmask = 3758096384"])
 def test_marks_are_the_default_unless_written_otherwise(text: str) -> None:
     assert parse(text, "policy.toml").marks == DEFAULT_MARKS == default_policy().marks
@@ -306,6 +329,13 @@ def test_host_names_are_normalized(written: str, pattern: str) -> None:
             "its own name",
         ),
         ("scope = 'strict'", 1, "not a table", "containers, engines or host"),
+        ("limits = 5", 1, "5 is not a table", "a table with learned_addresses"),
+        ("[limits]\nlearned = 5", 2, 'unknown key "learned"', "write learned_addresses"),
+        ("[limits]\nlearned_addresses = '5000'", 2, '"5000" is not a number', "without quotes, such as 262144"),
+        ("[limits]\nlearned_addresses = true", 2, "true is not a number", "without quotes"),
+        ("[limits]\n\nlearned_addresses = 1023", 3, "1023 learned addresses", "write 1024 to 262144, the default"),
+        ("[limits]\nlearned_addresses = 262145", 2, "262145 learned addresses", "write 1024 to 262144"),
+        ("[limits]\nlearned_addresses = 1e4", 2, "10000.0 is not a number", "such as 262144"),
         ("mark = 0xE0000000", 1, "3758096384 is not a table", "a table with mask"),
         ("[mark]\nbits = 3", 2, 'unknown key "bits"', "write mask"),
         ("[mark]\n\nmask = '0xE0000000'", 3, '"0xE0000000" is not a number', "without quotes, such as 0xe0000000"),

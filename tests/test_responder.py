@@ -375,6 +375,9 @@ def test_one_containers_crowd_drops_its_own_and_not_the_slow_client_of_another(
             crowd = [await answering.connect() for _ in range(MAX_CLIENTS * 3 // 2)]
             await until(lambda: answering.told()[Answered.DROPPED] >= MAX_CLIENTS // 2)
             assert len(answering.responder) <= MAX_CLIENTS
+            room = answering.responder.room
+            assert (room.held, room.limit) == (len(answering.responder), MAX_CLIENTS)
+            assert room.turned_away >= MAX_CLIENTS // 2
             await asyncio.get_running_loop().sock_sendall(slow, REQUEST)
             assert (await everything(slow)).startswith(b"HTTP/1.1 403 ")
             for client in crowd:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -15,9 +16,17 @@ from hypothesis import strategies as st
 from enforcer import state
 from enforcer.policy import HostPattern
 
+SAVED_AT = 1_899_999_000
 ENTRY = state.SavedAddress(
-    ip_address("198.18.0.1"), 443, "a.corp.example", "corp", HostPattern("corp.example", wildcard=True), 1_900_000_000
+    *(ip_address("198.18.0.1"), 443, "a.corp.example", "corp", HostPattern("corp.example", wildcard=True)),
+    expires_at=1_900_000_000,
+    seconds_left=1_000,
 )
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: SAVED_AT)
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
@@ -27,6 +36,15 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert (tmp_path / "state" / state.FILE_NAME).stat().st_mode & 0o777 == 0o600
 
 
+def test_what_an_entry_had_left_when_it_was_saved_is_loaded_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a clock that is set back meanwhile lengthens no life."""
+    state.save(tmp_path, [ENTRY])
+    monkeypatch.setattr(time, "time", lambda: SAVED_AT - 86_400)
+    assert [entry.seconds_left for entry in state.load(tmp_path)] == [1_000]
+
+
 def test_without_a_file_nothing_is_loaded(tmp_path: Path) -> None:
     assert state.load(tmp_path) == []
 
@@ -34,6 +52,7 @@ def test_without_a_file_nothing_is_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "null", '{"version": 2, "learned": []}', '{"version": 1, "learned": [[1]]}', "[" * 100_000,
+     '{"version": 1, "saved_at": "now", "learned": []}', '{"version": 1, "saved_at": -1, "learned": []}',
      '{"version": 1, "learned": [["nowhere", 443, "a", "r", "a.b", 1]]}',
      '{"version": 1, "learned": [["192.0.2.1", "443", "a", "r", "a.b", 1]]}',
      '{"version": 1, "learned": [["192.0.2.1", 443, "a", "r", "*", 1]]}',

@@ -238,7 +238,8 @@ def state_file(data: bytes) -> None:
         entries = state.parse(data)
     except ValueError:
         return
-    assert state.parse(state.render(entries)) == entries
+    saved_at = entries[0].expires_at - entries[0].seconds_left if entries else 0
+    assert state.parse(state.render(entries, saved_at)) == entries
     for entry in entries:
         assert not (isinstance(entry.address, IPv6Address) and entry.address.scope_id)
         assert 0 < entry.port < 65_536

@@ -43,11 +43,12 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
     """One TCP connection of a socket that sets its own mark first, and a request to see who is at its other end.
 
     The request is for `host`; None: for a registry that the lab's policy allows on this port.
-    Reply: verdict (reached, refused, timed out, error), seconds, address, message, and the socket's mark then.
+    Reply: verdict (reached, refused, timed out, error), seconds, address, message, the socket's mark then, and whether
+    somebody answered: "reached" may mean that nobody has yet.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     started = time.monotonic()
-    verdict, message, seconds = "reached", "", 0.0
+    verdict, message, seconds, answer = "reached", "", 0.0, b""
     with socket.socket(family, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
         try:
@@ -69,11 +70,12 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
             message = error.strerror or str(error)
         seconds = seconds or time.monotonic() - started
         mark = connection.getsockopt(socket.SOL_SOCKET, socket.SO_MARK)
-    return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark}
+    return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark,
+            "answered": bool(answer)}  # fmt: skip
 
 
 def _reply_to(connection: socket.socket, host: str | None) -> bytes:
-    """What whoever has taken this connection says to a request; nothing if that is nothing in time."""
+    """What whoever has taken this connection says to a request; nothing if he says nothing in time, or ends it."""
     connection.settimeout(_ANSWER_SECONDS)
     field = "" if host is None else f"Host: {host}\r\n"
     connection.sendall(f"GET / HTTP/1.0\r\n{field}\r\n".encode())
@@ -117,6 +119,35 @@ def connections_per_second(address: str, port: int, count: int) -> float:
     return count / (time.monotonic() - started)
 
 
+def storm(address: str, port: int, seconds: float, window: int = 64) -> Reply:
+    """As many connections as there is time for, `window` at once, each closed when it is there; `failed` says why."""
+    linger = struct.pack("ii", 1, 0)
+    made, failed = 0, dict[str, int]()
+    opening: dict[int, tuple[socket.socket, float]] = {}
+    started = now = time.monotonic()
+    with select.epoll() as ready:
+        while opening or now < started + seconds:
+            while len(opening) < window and now < started + seconds:
+                connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                connection.connect_ex((address, port))
+                ready.register(connection, select.EPOLLOUT)
+                opening[connection.fileno()] = connection, now
+            told = {number for number, _ in ready.poll(1)}
+            now = time.monotonic()
+            late = {number for number, (_, began) in opening.items() if now - began > 3}
+            for number in told | late:
+                connection, _ = opening.pop(number)
+                error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if number in told else errno.ETIMEDOUT
+                connection.close()
+                if error:
+                    why = errno.errorcode[error]
+                    failed[why] = failed.get(why, 0) + 1
+                else:
+                    made += 1
+    return {"made": made, "failed": failed, "seconds": now - started}
+
+
 def _hello(name: str) -> bytes:
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname=name)
@@ -134,6 +165,11 @@ def hold(key: str, name: str, port: int) -> Reply:
     _held[key] = socket.create_connection((name, port), timeout=5)
     _hosts[key] = name
     return {}
+
+
+def drop(key: str) -> None:
+    """Close a connection that `hold` opened."""
+    _held.pop(key).close()
 
 
 def talk(key: str) -> Reply:
@@ -311,51 +347,69 @@ def flood(server: str, name: str, rate: int, seconds: float) -> Reply:
     return {"asked": asked, "answers": answers, "seconds": seconds}
 
 
+def flood_connects(address: str, port: int, count: int) -> int:
+    """Begin `count` connections and wait for none of them."""
+    for _ in range(count):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as connection:
+            connection.setblocking(False)
+            connection.connect_ex((address, port))
+    return count
+
+
 # --- a prober that never stops ---------------------------------------------------------------------------------------
 class _Prober:
     """Connects again and again in a thread, so that a gap in enforcement cannot hide between two tests."""
 
-    def __init__(self, address: str, port: int, timeout: float) -> None:
+    def __init__(self, address: str, port: int, timeout: float, pause: float) -> None:
         self.target = (address, port, timeout)
+        self.pause = pause
         self.stopping = threading.Event()
         self.verdicts: dict[str, int] = {}
         self.slowest = 0.0
+        self.odd: list[Reply] = []  # the first that were neither reached nor refused
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
 
     def run(self) -> None:
-        while not self.stopping.wait(0.005):
+        while not self.stopping.wait(self.pause):
             reply = attempt(*self.target)
             # Who is told no loses the responder when the rules that led there go; that is not to have got out.
-            verdict = "unanswered" if reply["message"] == _UNANSWERED else reply["verdict"]
+            told_nothing = reply["verdict"] == "reached" and not reply["answered"]
+            told_nothing |= reply["message"] == os.strerror(errno.EPIPE)
+            verdict = "unanswered" if told_nothing else reply["verdict"]
             self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
             self.slowest = max(self.slowest, reply["seconds"])
+            if verdict not in ("reached", "refused") and len(self.odd) < 3:
+                self.odd.append({**reply, "at": time.time()})
 
     def stop(self) -> Reply:
         self.stopping.set()
         self.thread.join()
-        return {"verdicts": self.verdicts, "slowest": self.slowest}
+        return {"verdicts": self.verdicts, "slowest": self.slowest, "odd": self.odd}
 
 
 _probers: dict[str, _Prober] = {}
 
 
-def probe_start(key: str, address: str, port: int, timeout: float = 2) -> Reply:
-    """Start a prober."""
-    _probers[key] = _Prober(address, port, timeout)
+def probe_start(key: str, address: str, port: int, timeout: float = 2, pause: float = 0.005) -> Reply:
+    """Start a prober that waits `pause` seconds between its attempts."""
+    _probers[key] = _Prober(address, port, timeout, pause)
     return {}
 
 
 def probe_stop(key: str) -> Reply:
-    """Stop it: `verdicts` counts them, `slowest` is in seconds."""
+    """Stop it: `verdicts` counts them, `slowest` is in seconds, `odd` are some that were neither. "unanswered":
+    connected, and nobody said a word.
+    """
     return _probers.pop(key).stop()
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     operation.__name__: operation
     for operation in (
-        attempt, ask, connect, connect_each, connections_per_second, exchange, flood, flood_names, forge, hang_up, hold,
-        http_get, probe_start, probe_stop, replace_file, resolve, send_datagram, send_from, send_packet, talk,
+        attempt, ask, connect, connect_each, connections_per_second, drop, exchange, flood, flood_connects, flood_names,
+        forge, hang_up, hold, http_get, probe_start, probe_stop, replace_file, resolve, send_datagram, send_from,
+        send_packet, storm, talk,
     )
 }  # fmt: skip
 

@@ -104,6 +104,7 @@ class Enforcer:
         self._run_dir = lab.directory / "run" / where
         self._policy_file = lab.directory / f"policy-{where}.toml"
         self._places = ["--bpffs", str(lab.bpffs / where), "--cgroup", str(lab.host_cgroup(where))]
+        self.state_dir = lab.directory / "state" / where
         self._log_name = ""
         self._daemon: subprocess.Popen[bytes] | None = None
         self.policy = ""
@@ -137,7 +138,7 @@ class Enforcer:
         daemon = self._daemon = self._lab.spawn(
             self._where,
             [*self._program, "run", "--policy", str(self._policy_file), "--run-dir", str(self._run_dir),
-             "--state-dir", str(self._lab.directory / "state" / self._where), *self._places,
+             "--state-dir", str(self.state_dir), *self._places,
              "--metrics", f"127.0.0.1:{METRICS_PORT}", "--loader", loader],
             self._log_name,
         )  # fmt: skip
@@ -165,6 +166,12 @@ class Enforcer:
         after = self._reloads()
         return next(result for result in after if after[result] != before[result])
 
+    def reload_and_wait(self, text: str, deadline_seconds: float = 60) -> str | None:
+        """The same over the control socket; the value is what was wrong, None: the new policy is in force."""
+        self._write_policy(text)
+        problem: str | None = control.request(self._run_dir, {"command": "reload"}, deadline_seconds)["problem"]
+        return problem
+
     def _reloads(self) -> dict[str, float]:
         return {
             dict(labels)["result"]: value
@@ -186,6 +193,11 @@ class Enforcer:
         assert self._daemon is not None
         self.send(number)
         return self._daemon.wait(20)
+
+    def lay_baseline(self, text: str) -> str:
+        """`registry-enforcer baseline` with a policy, as early boot does."""
+        self._write_policy(text)
+        return self.command("baseline", "--policy", str(self._policy_file))
 
     def remove(self) -> str:
         """`registry-enforcer remove`; the value is what it printed."""

@@ -71,9 +71,9 @@ def fresh_name(index: int) -> str:
 
 
 def fresh_address(index: int, family: int = 4) -> str:
-    """Its address."""
+    """Its address; of IPv4 there are 65,536, for the names of one hour and more the same ones again."""
     if family == 4:
-        return str(IPv4Address(int(IPv4Address("198.19.0.0")) + index))
+        return str(IPv4Address(int(IPv4Address("198.19.0.0")) + index % 65_536))
     return str(IPv6Address(int(IPv6Address("2001:2:0:19::")) + index))
 
 

@@ -21,7 +21,7 @@ from tests.lab import internet
 from tests.lab.lab import RESOLVER, RESOLVER6, Lab, poll
 
 _PORTS = (443, 5000, 8443)
-_FRESH = re.compile(r"n([0-9]{5})\.fresh\.allowed\.test\.")
+_FRESH = re.compile(r"n([0-9]{5,7})\.fresh\.allowed\.test\.")
 _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nok\n"
 _LONGEST_CHAIN = 8
 
