@@ -85,6 +85,7 @@ from enforcer.policy import (
     name_permissions,
     pattern_id,
 )
+from enforcer.redirects import Redirects
 from enforcer.without_bpf import MemoryState
 
 if TYPE_CHECKING:
@@ -269,8 +270,7 @@ class Enforcement:
         self._table_present = firewall.present()  # an earlier daemon's
         self._ruleset_applied = False  # this one's
         self._responder: responder.Responder | None = None
-        self._redirected = set(ruleset.Redirected)  # what no other table's input chain is known to drop
-        self._redirects_lost: dict[ruleset.Redirected, int] = {}
+        self._redirects = Redirects()
         self._table_uncertain = False  # somebody may have changed it unseen
         self._interfaces = ""  # the text that told the table of them last
         self._lost_seen = 0
@@ -328,7 +328,7 @@ class Enforcement:
         self._table_present = self._ruleset_applied = True
         if self.guard is not None:
             self.guard.begin()
-        self._redirects_lost = self._count_redirects_lost()
+        self._redirects.table_written(self._count_redirects())
 
     def _attach_hooks(self) -> None:
         if self._cgroup is None or not self._kernel.programs:
@@ -1024,8 +1024,8 @@ class Enforcement:
             functools.partial(self._still_held, index), policy.learned_addresses, self._now()
         )
         assert self.plan is not None
-        self._redirected = set(ruleset.Redirected)  # the operator may have let them in
         try:
+            self._redirects.take_up(self._count_redirects())
             for key in narrowed:
                 names.delete(key)
             self._stop_vouching((*changes.withdraw, *changes.forget))
@@ -1204,7 +1204,7 @@ class Enforcement:
         self._remember_revoked(difference)
         self._table_present = True
         self._interfaces = ""
-        self._redirects_lost = self._count_redirects_lost()
+        self._redirects.table_written(self._count_redirects())
 
     def _revoked_elements(self) -> dict[Destination, float]:
         """What the table judges at every packet, and when it ends."""
@@ -1238,7 +1238,7 @@ class Enforcement:
             return None
         assert self.plan is not None
         addressed: dict[int, set[str]] = {4: set(), 6: set()}
-        if ruleset.Redirected.FORWARDED in self._redirected:
+        if ruleset.Redirected.FORWARDED in self._redirects.in_force:
             for entry in self.plan.roles:
                 if entry.role is topology.Role.INTERNAL:
                     for address in entry.interface.addresses:
@@ -1246,18 +1246,17 @@ class Enforcement:
                             addressed[address.version].add(entry.interface.name)
         return ruleset.Responder(
             self._responder.port,
-            local=ruleset.Redirected.LOCAL in self._redirected,
+            local=ruleset.Redirected.LOCAL in self._redirects.in_force,
             interfaces4=frozenset(addressed[4]),
             interfaces6=frozenset(addressed[6]),
         )
 
-    def _count_redirects_lost(self) -> dict[ruleset.Redirected, int]:
-        """How many redirected connections never came to the responder, ever."""
+    def _count_redirects(self) -> dict[ruleset.Redirected, tuple[int, int]]:
         if self._responder is None:
             return {}
         counters = self._firewall.counters()
         return {
-            way: counters[way.entered].packets - counters[way.reached].packets
+            way: (counters[way.entered].packets, counters[way.reached].packets)
             for way in ruleset.Redirected
             if counters.keys() >= {way.entered, way.reached}  # else somebody has just taken them away
         }
@@ -1266,26 +1265,20 @@ class Enforcement:
         """Go back to resets where another table's input chain drops what is redirected: clients would hang."""
         if self._responder is None:
             return
-        before, lost = self._redirects_lost, self._count_redirects_lost()
-        if not lost.keys() == before.keys() == set(ruleset.Redirected):
-            self._redirects_lost = lost
-            return
-        watched = self._redirected & lost.keys()  # without the table, none
-        if any(lost[way] > before[way] for way in watched):
-            # A packet may have come between the readings of its two counters; what was dropped stays so.
-            again = self._count_redirects_lost()
-            lost = {way: min(lost[way], again.get(way, lost[way])) for way in lost}
-        self._redirects_lost = {way: max(lost[way], before[way]) for way in lost}
-        dropped = {way for way in watched if lost[way] > before[way]}
+        assert self.plan is not None
+        now = self._now()
+        again = self._redirects.tried_again(now)
+        if again:
+            self._apply_ruleset(self.policy)
+        dropped = self._redirects.given_up(self._count_redirects, now)
         if not dropped:
             return
-        self._redirected -= dropped
-        assert self.plan is not None
         self._apply_ruleset(self.policy)
         log.warning(
             "another table's input chain drops the %s connections that are redirected to the responder, so they are "
-            "reset again: let 'ct status dnat tcp dport %d' in there, then reload the policy (SIGHUP)",
+            "reset for %d s: let 'ct status dnat tcp dport %d' in there, then reload the policy (SIGHUP)",
             " and ".join(sorted(way.value for way in dropped)),
+            self._redirects.wait_seconds(dropped),
             self._responder.port,
         )
 
@@ -1368,7 +1361,7 @@ class Enforcement:
             else {
                 "port": self._responder.port,
                 "clients": len(self._responder),
-                "answers": sorted(way.value for way in self._redirected),
+                "answers": sorted(way.value for way in self._redirects.in_force),
             },
             "metrics": None
             if self.metrics_server is None

@@ -37,7 +37,7 @@ OF_THE_TABLE = {
         f"delete table {_OURS}\nadd table {_OURS}\nadd set {_OURS} learned4 {{ type ipv4_addr; }}"
     ),
 }
-_FLUSH_CONNTRACK = (
+FLUSH_CONNTRACK = (
     "import socket; from enforcer import nfnetlink as n;"
     "s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, n.NETLINK_NETFILTER);"
     "s.send(n.request(1 << 8 | 2, n.ACK)); (code, *_), = [n.error_number(b) for _, _, b in n.messages(s.recv(4096))],;"
@@ -179,6 +179,6 @@ def test_pins_are_made_again_and_the_next_daemon_adopts_them(world: Enforcer, la
 
 def test_open_connections_survive_a_flush_of_connection_tracking(enforcer: Enforcer, lab: Lab) -> None:
     lab.ct.call("hold", key="pull", name="registry.allowed.test", port=443)
-    of_root(lab, sys.executable, "-c", _FLUSH_CONNTRACK)
+    of_root(lab, sys.executable, "-c", FLUSH_CONNTRACK)
     assert_reached(lab.ct.talk("pull"))
     assert_refused(lab.ct.attempt(EVIL_ADDRESS))
