@@ -110,6 +110,10 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 /* What the compiler wrote to memory it reads again: the verifier then knows a range, not one value for each path. */
 #define FORGET() asm volatile("" ::: "memory")
 
+/* The key that a word of the stack holds. The verifier knows the stack by words: where one is written in part, what was
+ * there before counts as read later, and each path that left something else there is followed to the end. */
+#define KEY_32(word) ((__u32 *)(word))
+
 /* `value & mask` where the compiler, which knows better, would leave it out; the verifier needs to see it. */
 #define MASKED(value, mask)                                                                                            \
 	({                                                                                                             \

@@ -22,8 +22,8 @@
 /* Every use of a map: bcc rewrites map operations in this file only, and never inside a macro. */
 /* clang-format off */
 #ifdef BUILT_BY_BCC
-INLINE struct settings *find_settings(void) { __u32 zero = 0; return settings.lookup(&zero); }
-INLINE struct scratch *find_scratch(void) { __u32 zero = 0; return scratches.lookup(&zero); }
+INLINE struct settings *find_settings(void) { __u64 zero = 0; return settings.lookup(KEY_32(&zero)); }
+INLINE struct scratch *find_scratch(void) { __u64 zero = 0; return scratches.lookup(KEY_32(&zero)); }
 INLINE __u64 *find_counter(__u32 *key) { return counters.lookup(key); }
 INLINE struct name_rule *find_name(struct name_key *key) { return names.lookup(key); }
 INLINE __u8 *find_resolver(struct address *key) { return resolvers.lookup(key); }
@@ -58,8 +58,8 @@ INLINE int send_event(void *context, void *event, __u32 size) { return events.ri
 INLINE int send_ending(void *context, void *event, __u32 size) { return endings.ringbuf_output(event, size, 0); }
 #endif
 #else
-INLINE struct settings *find_settings(void) { __u32 zero = 0; return bpf_map_lookup_elem(&settings, &zero); }
-INLINE struct scratch *find_scratch(void) { __u32 zero = 0; return bpf_map_lookup_elem(&scratches, &zero); }
+INLINE struct settings *find_settings(void) { __u64 zero = 0; return bpf_map_lookup_elem(&settings, &zero); }
+INLINE struct scratch *find_scratch(void) { __u64 zero = 0; return bpf_map_lookup_elem(&scratches, &zero); }
 INLINE __u64 *find_counter(__u32 *key) { return bpf_map_lookup_elem(&counters, key); }
 INLINE struct name_rule *find_name(struct name_key *key) { return bpf_map_lookup_elem(&names, key); }
 INLINE __u8 *find_resolver(struct address *key) { return bpf_map_lookup_elem(&resolvers, key); }
@@ -99,6 +99,8 @@ INLINE int send_ending(void *context, void *event, __u32 size) { return bpf_ring
 #include "judge.h"
 #include "gate.h"
 #include "dns.h"
+#include "hello.h"
+#include "head.h"
 #include "guard.h"
 #ifdef LEGACY_KERNEL
 #include "legacy.h"

@@ -16,49 +16,6 @@
 #ifndef REGISTRY_ENFORCER_GUARD_H
 #define REGISTRY_ENFORCER_GUARD_H
 
-#define GUARD_STEPS	   64	 /* fields of a ClientHello in one segment: one for each extension, and some ten */
-#define MAX_HEAD_BYTES	   16384 /* of a CONNECT, to the empty line */
-#define MAX_HELLO_BYTES	   16384
-#define MAX_RECORD_BYTES   16384
-#define TLS_HANDSHAKE	   22
-#define TLS_CHANGE_CIPHER  20
-#define TLS_RECORD_HEADER  5
-#define CLIENT_HELLO	   1
-#define HELLO_HEADER	   4
-#define VERSION_AND_RANDOM 34
-#define TLS_LEGACY_VERSION 0x0303
-#define TLS_MAJOR_VERSION  0x0300
-#define TLS_LAST_MINOR	   4
-#define EXTENSION_NAME	   0
-#define EXTENSION_ECH	   0xfe0d
-#define NAME_LIST_HEAD	   5 /* length of the list, type of the name, its length (RFC 6066, section 3) */
-#define CONNECT_WORD	   0x434f4e4e454354ULL /* "CONNECT" and others, as read_head() adds them up */
-#define GET_WORD	   0x474554ULL
-#define HEAD_WORD	   0x48454144ULL
-#define HTTP_SCHEME	   0x687474703a2f2fULL /* "http://" */
-#define LETTERS_OF_SCHEME  0x20202020ULL       /* in memory's order; the rest must be as it is */
-#define HOST_FIELD	   0x0a686f73743aULL   /* a line's end and "host:" */
-#define HOST_LETTERS	   0x002020202000ULL
-#define V2_WORD		   0x2f76322fULL /* "/v2/" */
-
-/* What is being read of a ClientHello: numbers, the name, and what is passed over. */
-enum field {
-	FIELD_HEADER,	   /* type and length of the message */
-	FIELD_SESSION,	   /* bytes of the session's id */
-	FIELD_CIPHERS,	   /* bytes of cipher suites */
-	FIELD_COMPRESSION, /* bytes of compression methods */
-	FIELD_EXTENSIONS,  /* bytes of all extensions */
-	FIELD_EXTENSION,   /* type and length of one */
-	FIELD_NAME_LIST,   /* what precedes the name */
-	FIELD_AGAIN,	   /* what a second ClientHello begins with (RFC 8446, section 4.1.4), or anything else */
-	FIELD_NAME,
-	FIELD_RANDOM, /* and the version; from here on nothing is kept */
-	FIELD_SESSION_ID,
-	FIELD_CIPHER_LIST,
-	FIELD_METHODS,
-	FIELD_BODY,
-};
-
 INLINE void guard_count(struct scratch *s, __u32 outcome)
 {
 	__u64 *counter;
@@ -145,486 +102,13 @@ INLINE __u64 judge_name(struct scratch *s, const __u8 *name, __u64 length)
 	return allows_name(s, key, s->flow.port) ? GUARD_PASSED : GUARD_UNLISTED_NAME;
 }
 
-/* --- TLS --------------------------------------------------------------------------------------------------------- */
-
-INLINE void expect(struct hello *h, __u64 field, __u64 bytes)
-{
-	h->field = field;
-	h->need = bytes;
-	h->value = 0;
-}
-
-/* On to the next extension, or to the end; nothing but the hello may be in its record. */
-INLINE void next_extension(struct scratch *s, struct hello *h)
-{
-	if (h->left) {
-		expect(h, FIELD_EXTENSION, 4);
-		return;
-	}
-	if (!h->named || h->record_left) {
-		s->verdict = h->named ? GUARD_UNREADABLE : GUARD_NO_NAME;
-		return;
-	}
-	h->whole = 1;
-	expect(h, FIELD_AGAIN, 6);
-}
-
-/* Skips what a length announced, which may be nothing. */
-INLINE void skip_field(struct hello *h, __u64 field, __u64 bytes, __u64 next, __u64 next_bytes)
-{
-	if (bytes)
-		expect(h, field, bytes);
-	else
-		expect(h, next, next_bytes);
-}
-
-/* A number, or the name, is whole. */
-INLINE void end_field(struct scratch *s, struct hello *h)
-{
-	__u64 field = h->field, value = h->value, size;
-
-	if (field == FIELD_HEADER) {
-		h->left = value & 0xffffff;
-		if (value >> 24 != CLIENT_HELLO || h->left > MAX_HELLO_BYTES || h->left < VERSION_AND_RANDOM)
-			s->verdict = GUARD_UNREADABLE;
-		h->named = 0;
-		expect(h, FIELD_RANDOM, VERSION_AND_RANDOM);
-	} else if (field == FIELD_AGAIN) {
-		/* A ClientHello's type, a length that fits, its version; an encrypted record looks so once in 2^34. */
-		if (value >> 40 == CLIENT_HELLO && (value >> 16 & 0xffffff) <= MAX_HELLO_BYTES &&
-		    (value >> 16 & 0xffffff) >= VERSION_AND_RANDOM && (value & 0xffff) == TLS_LEGACY_VERSION) {
-			h->left = (value >> 16 & 0xffffff) - 2;
-			h->named = 0;
-			h->whole = 0;
-			expect(h, FIELD_RANDOM, VERSION_AND_RANDOM - 2);
-		} else {
-			s->flow.state = FLOW_ALLOWED;
-		}
-	} else if (field == FIELD_SESSION) {
-		skip_field(h, FIELD_SESSION_ID, value, FIELD_CIPHERS, 2);
-	} else if (field == FIELD_CIPHERS) {
-		skip_field(h, FIELD_CIPHER_LIST, value, FIELD_COMPRESSION, 1);
-	} else if (field == FIELD_COMPRESSION) {
-		expect(h, FIELD_METHODS, value);
-		if (!value)
-			s->verdict = GUARD_UNREADABLE;
-	} else if (field == FIELD_EXTENSIONS) {
-		if (value != h->left)
-			s->verdict = GUARD_UNREADABLE;
-		else
-			next_extension(s, h);
-	} else if (field == FIELD_EXTENSION) {
-		size = value & 0xffff;
-		if (size > h->left) {
-			s->verdict = GUARD_UNREADABLE;
-		} else if (value >> 16 == EXTENSION_ECH) {
-			s->verdict = GUARD_HIDDEN_NAME;
-		} else if (value >> 16 == EXTENSION_NAME) {
-			if (h->named || size <= NAME_LIST_HEAD) /* a second one: which counts, the server decides */
-				s->verdict = GUARD_UNREADABLE;
-			h->extension = size;
-			expect(h, FIELD_NAME_LIST, NAME_LIST_HEAD);
-		} else if (size) {
-			expect(h, FIELD_BODY, size);
-		} else {
-			next_extension(s, h);
-		}
-	} else if (field == FIELD_NAME_LIST) {
-		size = value & 0xffff; /* one name, of type host_name, and nothing behind it */
-		if (value >> 24 != h->extension - 2 || (value >> 16 & 0xff) || size != h->extension - NAME_LIST_HEAD ||
-		    !size || size > 255)
-			s->verdict = GUARD_UNREADABLE;
-		h->name_length = 0;
-		expect(h, FIELD_NAME, size);
-	} else {
-		h->named = 1;
-		s->named = 1;
-		next_extension(s, h);
-	}
-}
-
-INLINE int is_skipped(__u64 field)
-{
-	return field >= FIELD_RANDOM;
-}
-
-/* What was passed over has ended. */
-INLINE void end_skipped(struct scratch *s, struct hello *h)
-{
-	__u64 field = h->field;
-
-	if (field == FIELD_BODY)
-		next_extension(s, h);
-	else if (field == FIELD_RANDOM)
-		expect(h, FIELD_SESSION, 1);
-	else if (field == FIELD_SESSION_ID)
-		expect(h, FIELD_CIPHERS, 2);
-	else if (field == FIELD_CIPHER_LIST)
-		expect(h, FIELD_COMPRESSION, 1);
-	else if (h->left)
-		expect(h, FIELD_EXTENSIONS, 2);
-	else
-		s->verdict = GUARD_NO_NAME;
-}
-
-INLINE __u64 least(__u64 a, __u64 b)
-{
-	return a < b ? a : b;
-}
-
-/* Up to six bytes of a number. */
-INLINE void read_number(struct scratch *s, __u64 *value, __u64 count)
-{
-	__u64 i;
-
-#pragma clang loop unroll(disable)
-	for (i = 0; i < 6; i++) {
-		FORGET();
-		if (i >= count)
-			break;
-		*value = *value << 8 | s->wire[MASKED(s->at + i, MAX_WIRE_BYTES - 1)];
-	}
-}
-
-/* Brings the bytes at `position` of the payload into `wire`; `at` is 0 then. */
-INLINE int load_window(struct __sk_buff *skb, struct scratch *s)
-{
-	__u64 length = least(s->payload_left, MAX_WIRE_BYTES);
-
-	s->length = length;
-	s->at = 0;
-	length = MASKED(length - 1, MAX_WIRE_BYTES - 1) + 1;
-	return !bpf_skb_load_bytes(skb, s->position, s->wire, length);
-}
-
-/* The end of a record's header. */
-INLINE void begin_record(struct scratch *s, struct hello *h)
-{
-	__u64 type = h->header >> 32, version = h->header >> 16 & 0xffff, length = h->header & 0xffff;
-
-	h->header = 0;
-	h->header_need = TLS_RECORD_HEADER;
-	h->record_left = length;
-	h->skipping = 0;
-	if ((version & 0xff00) != TLS_MAJOR_VERSION || (version & 0xff) > TLS_LAST_MINOR) {
-		s->verdict = GUARD_UNREADABLE;
-		return;
-	}
-	if (type == TLS_HANDSHAKE && length && length <= MAX_RECORD_BYTES)
-		return;
-	if (h->whole && type == TLS_CHANGE_CIPHER && length == 1)
-		h->skipping = 1; /* comes before a second ClientHello, or before what is encrypted */
-	else if (h->whole && h->field == FIELD_AGAIN && h->need == 6)
-		s->flow.state = FLOW_ALLOWED;
-	else
-		s->verdict = GUARD_UNREADABLE;
-}
-
-INLINE void advance(struct scratch *s, __u64 count)
-{
-	s->at += count;
-	s->position += count;
-	s->payload_left -= count;
-	FORGET();
-}
-
-/* Passes over what does not matter, as far as it is here. */
-INLINE void skip(struct scratch *s, struct hello *h)
-{
-	__u64 count;
-
-	if (h->skipping) {
-		count = least(h->record_left, s->payload_left);
-		h->record_left -= count;
-		advance(s, count);
-		return;
-	}
-	if (!is_skipped(h->field))
-		return;
-	count = least(least(h->need, h->record_left), s->payload_left);
-	if (count > h->left) {
-		s->verdict = GUARD_UNREADABLE;
-		return;
-	}
-	h->left -= count;
-	h->need -= count;
-	h->record_left -= count;
-	advance(s, count);
-	if (!h->need)
-		end_skipped(s, h);
-}
-
-/* The next field and what is skipped before it, or as much as is here; 0 at the end of what can be read. */
-INLINE int read_field(struct __sk_buff *skb, struct scratch *s, struct hello *h)
-{
-	__u64 count, field;
-
-	if (h->record_left)
-		skip(s, h);
-	FORGET();
-	if (s->verdict != GUARD_PASSED || s->flow.state == FLOW_ALLOWED || !s->payload_left)
-		return 0;
-	if (s->at + 8 > s->length && s->length < s->payload_left + s->at && !load_window(skb, s)) {
-		s->verdict = GUARD_UNREADABLE;
-		return 0;
-	}
-	FORGET();
-	if (!h->record_left) {
-		count = least(h->header_need, s->payload_left);
-		read_number(s, &h->header, count);
-		h->header_need -= count;
-		advance(s, count);
-		if (!h->header_need)
-			begin_record(s, h);
-		return 1;
-	}
-	field = h->field;
-	if (h->skipping || is_skipped(field))
-		return 1;
-	count = least(least(h->need, h->record_left), s->payload_left);
-	if (field != FIELD_HEADER && field != FIELD_AGAIN) {
-		if (count > h->left) {
-			s->verdict = GUARD_UNREADABLE;
-			return 0;
-		}
-		h->left -= count;
-	}
-	if (field == FIELD_NAME) {
-		/* 255 at most, and together: see what precedes it */
-		if (bpf_skb_load_bytes(skb, s->position, h->name + MASKED(h->name_length, 255),
-				       MASKED(count - 1, 255) + 1)) {
-			s->verdict = GUARD_UNREADABLE;
-			return 0;
-		}
-		h->name_length += count;
-	} else {
-		read_number(s, &h->value, count);
-	}
-	h->record_left -= count;
-	h->need -= count;
-	advance(s, count);
-	if (!h->need)
-		end_field(s, h);
-	return 1;
-}
-
-INLINE void read_hello(struct __sk_buff *skb, struct scratch *s, struct hello *h)
-{
-	int i;
-
-	s->length = 0;
-	s->at = 0;
-#pragma clang loop unroll(disable)
-	for (i = 0; i < GUARD_STEPS; i++) {
-		FORGET();
-		if (!read_field(skb, s, h))
-			break;
-	}
-	if (s->verdict == GUARD_PASSED && s->flow.state != FLOW_ALLOWED && s->payload_left)
-		s->verdict = GUARD_UNREADABLE; /* more fields than anybody sends */
-}
-
-/* --- HTTP -------------------------------------------------------------------------------------------------------- */
-
-/* 1 if x is 0: without a jump, of which the verifier follows 8,192 in a row. */
-INLINE __u64 is_zero(__u64 x)
-{
-	return (~x & (x - 1)) >> 63;
-}
-
-INLINE __u64 byte_at(struct scratch *s, __u64 offset)
-{
-	return s->wire[MASKED(offset, MAX_WIRE_BYTES - 1)];
-}
-
-INLINE __u64 ends_lines(__u64 last)
-{
-	return is_zero((last & 0xffffff) ^ 0x0a0d0aULL) | is_zero((last & 0xffff) ^ 0x0a0aULL);
-}
-
-INLINE __u64 begins_host(__u64 last)
-{
-	return is_zero(((last | HOST_LETTERS) & 0xffffffffffffULL) ^ HOST_FIELD);
-}
-
-/* Behind the next "Host:" at the beginning of a line, or behind the first empty line, whichever comes first; the last
- * bytes are in `hash`. */
-INLINE void find_host(struct scratch *s, int host)
-{
-	__u64 one, other, found;
-	int i;
-
-	s->hash = 0;
-#pragma clang loop unroll(disable)
-	for (i = 0; i < MAX_WIRE_BYTES / 4; i++) {
-		FORGET();
-		if (s->at >= s->length)
-			break;
-		one = s->hash << 8 | byte_at(s, s->at);
-		other = one << 8 | byte_at(s, s->at + 1);
-		found = ends_lines(one) | (host ? begins_host(one) : 0);
-		s->hash = other;
-		s->at += 2;
-		if (found | ends_lines(other) | (host ? begins_host(other) : 0)) {
-			s->at -= found;
-			s->hash = found ? one : other;
-			break;
-		}
-	}
-	FORGET();
-}
-
-/* "NAME", "NAME:PORT" up to what may follow it in a target or a field; 0 if it is none. */
-INLINE int read_authority(struct scratch *s)
-{
-	__u64 byte, stop;
-	int i;
-
-	s->position = 0;
-#pragma clang loop unroll(disable)
-	for (i = 0; i < MAX_NAME_BYTES; i++) {
-		FORGET();
-		byte = byte_at(s, s->at);
-		stop = (byte - 33) >> 63 | is_zero(byte ^ ':') | is_zero(byte ^ '/') | is_zero(byte ^ '?') |
-		       is_zero(byte ^ '@') | is_zero(byte ^ '[') | is_zero(byte ^ '#');
-		if (stop)
-			break;
-		s->name[MASKED(s->position, 255)] = byte;
-		s->position++;
-		s->at++;
-	}
-	FORGET();
-	s->name_length = s->position;
-	byte = byte_at(s, s->at);
-	if (!s->position || s->at >= s->length || s->position > MAX_NAME_BYTES - 3 || byte == '@' || byte == '[' ||
-	    byte == '#')
-		return 0;
-	return 1;
-}
-
-/* ":PORT" behind an authority, if it is there, into `asked_port`, which is 0 then if it is none. */
-INLINE void read_port(struct scratch *s)
-{
-	__u64 byte;
-	int i;
-
-	if (byte_at(s, s->at) != ':')
-		return;
-	s->at++;
-	s->asked_port = 0;
-#pragma clang loop unroll(disable)
-	for (i = 0; i < 5; i++) {
-		FORGET();
-		byte = byte_at(s, s->at);
-		if (byte < '0' || byte > '9')
-			break;
-		s->asked_port = s->asked_port * 10 + (byte - '0');
-		s->at++;
-	}
-	FORGET();
-	if (s->at >= s->length || s->asked_port > 65535)
-		s->asked_port = 0;
-}
-
-/* The head of a request, which must name its host within one segment. */
-INLINE void read_head(struct __sk_buff *skb, struct scratch *s)
-{
-	__u64 byte;
-	int i;
-
-	s->verdict = GUARD_UNREADABLE;
-	if (!load_window(skb, s))
-		return;
-	if (s->length < MAX_WIRE_BYTES) /* else the slack behind it, which is zero */
-		*(__u64 *)(s->wire + MASKED(s->length, MAX_WIRE_BYTES - 1)) = 0;
-	s->hash = 0;
-#pragma clang loop unroll(disable)
-	for (i = 0; i < 8; i++) {
-		FORGET();
-		byte = byte_at(s, s->at);
-		s->at++;
-		if (byte < 'A' || byte > 'Z')
-			break;
-		s->hash = s->hash << 8 | byte;
-	}
-	FORGET();
-	s->type = s->hash;
-	s->absolute = 0;
-	s->asked_port = s->flow.port;
-	FORGET();
-	if (byte_at(s, s->at - 1) != ' ')
-		return;
-	byte = byte_at(s, s->at);
-	if (s->type == CONNECT_WORD) {
-		s->absolute = 1;
-		s->asked_port = 0;
-	} else if (byte != '/' && byte != '*') {
-		/* Of a whole URL the authority counts, whatever Host says (RFC 9112, section 3.2.2). */
-		if (NETWORK_64(*(__u64 *)wire_at(s, s->at) | LETTERS_OF_SCHEME) >> 8 != HTTP_SCHEME)
-			return;
-		s->at += 7;
-		s->absolute = 1;
-		s->asked_port = 80;
-	} else {
-		s->registry = field_32(wire_at(s, s->at)) == V2_WORD;
-		find_host(s, 1);
-		if (ends_lines(s->hash) || s->at >= s->length) {
-			s->verdict = GUARD_NO_NAME;
-			return;
-		}
-#pragma clang loop unroll(disable)
-		for (i = 0; i < 8; i++) {
-			FORGET();
-			byte = byte_at(s, s->at);
-			if (byte != ' ' && byte != '\t')
-				break;
-			s->at++;
-		}
-	}
-	FORGET();
-	if (!read_authority(s)) {
-		s->verdict = GUARD_NO_NAME;
-		return;
-	}
-	if (s->absolute) {
-		read_port(s);
-		if (!s->asked_port)
-			return;
-		s->flow.port = s->asked_port;
-	}
-	s->named = 1;
-	if (s->flow.mode != GUARD_PROXY) {
-		if (s->type == CONNECT_WORD)
-			return;
-		s->flow.state = FLOW_ALLOWED;
-	} else if (s->type == CONNECT_WORD) {
-		s->flow.state = FLOW_CONNECT;
-	} else {
-		/* Every request to a proxy is looked at, so none may have a body, nor another one behind it. */
-		if (!s->absolute || (s->type != GET_WORD && s->type != HEAD_WORD))
-			return;
-		find_host(s, 0);
-		if (!ends_lines(s->hash) || s->at != s->payload_left)
-			return;
-	}
-	s->verdict = GUARD_PASSED;
-}
-
-/* Whether the segment ends with an empty line, as the last one of a head does. */
-INLINE int ends_head(struct __sk_buff *skb, struct scratch *s)
-{
-	if (bpf_skb_load_bytes(skb, s->tail - 4, s->wire, 4))
-		return 0;
-	return field_32(s->wire) == 0x0d0a0d0aU;
-}
-
 /* --- packets ----------------------------------------------------------------------------------------------------- */
 
-/* The level of a packet's scope, by what its sender cannot forge; of several witnesses the strictest is believed. */
-INLINE __u32 level_of(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
+/* Finds the scope of a packet, and its level, by what its sender cannot forge; of several witnesses the strictest is
+ * believed. */
+INLINE void find_scope(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
-	__u32 scope = SCOPE_CONTAINER, *level, *known, found, i;
-	__u64 cgroup;
+	__u32 scope = SCOPE_CONTAINER, *level, *known, i;
 
 	if (!s->stranger && !skb->ingress_ifindex) {
 		if (s->uplink.link_bytes != ETH_HLEN)
@@ -634,28 +118,31 @@ INLINE __u32 level_of(struct __sk_buff *skb, struct scratch *s, struct settings 
 	}
 	s->scope = scope;
 	level = find_level(&s->scope);
-	found = level ? *level : JUDGED_NONE;
+	s->level = level ? *level : JUDGED_NONE;
+	FORGET();
 	if (s->scope == SCOPE_CONTAINER)
-		return found;
-	scope = SCOPE_UNSTAMPED;
+		return;
+	s->cgroup_scope = SCOPE_UNSTAMPED;
 #pragma clang loop unroll(disable)
 	for (i = 1; i <= MAX_CGROUP_LEVELS; i++) {
-		cgroup = bpf_skb_ancestor_cgroup_id(skb, i);
-		if (!cgroup)
+		s->cgroup = bpf_skb_ancestor_cgroup_id(skb, i);
+		FORGET();
+		if (!s->cgroup)
 			break;
-		known = find_cgroup(&cgroup);
+		known = find_cgroup(&s->cgroup);
 		if (known)
-			scope = *known;
+			s->cgroup_scope = *known;
+		FORGET();
 	}
-	if (scope == SCOPE_UNSTAMPED)
-		return found;
-	scope &= SCOPES - 1;
-	level = find_level(&scope);
-	if (level && *level > found) {
-		s->scope = scope;
-		found = *level;
+	FORGET();
+	if (s->cgroup_scope == SCOPE_UNSTAMPED)
+		return;
+	level = find_level(&s->cgroup_scope);
+	if (level && *level > s->level) {
+		s->scope = s->cgroup_scope;
+		s->level = *level;
 	}
-	return found;
+	FORGET();
 }
 
 INLINE void set_listed_key(struct scratch *s)
@@ -693,15 +180,15 @@ INLINE int may_hide_one(struct __sk_buff *skb, struct scratch *s)
 }
 
 /* Whether connections of this level to this port need permission. */
-INLINE int is_judged(__u32 level, struct packet *packet)
+INLINE int is_judged(struct scratch *s)
 {
-	__u32 port = packet->destination_port;
+	__u64 port = s->packet.destination_port;
 
-	if (level < JUDGED_REGISTRY)
+	if (s->level < JUDGED_REGISTRY)
 		return 0;
-	if (level == JUDGED_EVERY && packet->protocol == IPPROTO_TCP)
+	if (s->level == JUDGED_EVERY && s->packet.protocol == IPPROTO_TCP)
 		return port != DNS_PORT;
-	return find_registry_port(&port) != 0;
+	return find_registry_port(KEY_32(&port)) != 0;
 }
 
 INLINE __u32 folded(__u64 sum)
@@ -719,7 +206,7 @@ INLINE int write_segment(struct __sk_buff *skb, struct scratch *s, struct answer
 {
 	__u64 length = TCP_HEADER_BYTES, network = s->uplink.link_bytes, transport = s->transport, bytes = 0;
 	__u64 pseudo, whole;
-	__u16 old_length, new_length;
+	__u64 old_length = 0, new_length;
 
 	if (body) {
 		bytes = body->length;
@@ -758,24 +245,6 @@ INLINE int write_segment(struct __sk_buff *skb, struct scratch *s, struct answer
 	return 1;
 }
 
-/* Exchanges source and destination of link and network; the ports are the segment's. */
-INLINE int turn_round(struct __sk_buff *skb, struct scratch *s)
-{
-	__u64 network = s->uplink.link_bytes;
-	int i;
-
-	if (network)
-		for (i = 0; i < ETH_ALEN; i += 2)
-			if (!exchange_16(skb, i, ETH_ALEN + i))
-				return 0;
-	if (skb->protocol == NETWORK_16(ETH_P_IP))
-		return exchange_32(skb, network + IPV4_ADDRESSES, network + IPV4_ADDRESSES + 4);
-	for (i = 0; i < 16; i += 4)
-		if (!exchange_32(skb, network + IPV6_ADDRESSES + i, network + IPV6_ADDRESSES + 16 + i))
-			return 0;
-	return 1;
-}
-
 INLINE void make_segment(struct scratch *s, __u64 from, __u64 to, __u32 sequence, __u32 acknowledged, __u64 flags)
 {
 	*(__u16 *)s->segment = NETWORK_16((__u16)from);
@@ -793,7 +262,7 @@ INLINE int answer_client(struct __sk_buff *skb, struct scratch *s, __u32 sequenc
 			 struct answer *body)
 {
 	make_segment(s, s->packet.destination_port, s->packet.source_port, sequence, acknowledged, flags);
-	return write_segment(skb, s, body) && turn_round(skb, s) &&
+	return write_segment(skb, s, body) && turn_round(skb, s->uplink.link_bytes) &&
 	       !bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
 }
 
@@ -822,14 +291,14 @@ INLINE void report(struct __sk_buff *skb, struct scratch *s, const __u8 *name, _
 }
 
 /* Ends a connection whose name is wrong: says so to the client in its own protocol, and resets the server. */
-INLINE int end_connection(struct __sk_buff *skb, struct scratch *s, __u32 expected, __u32 number)
+INLINE int end_connection(struct __sk_buff *skb, struct scratch *s, __u32 expected, __u64 number)
 {
-	struct answer *answer = find_answer(&number);
+	struct answer *answer = find_answer(KEY_32(&number));
 	__u32 after = s->sequence + s->payload_bytes + s->finished;
 
 	if (!answer_client(skb, s, s->acknowledged, after, TCP_FIN | TCP_PSH | TCP_ACK, answer))
 		return TC_ACT_SHOT;
-	if (!turn_round(skb, s))
+	if (!turn_round(skb, s->uplink.link_bytes))
 		return TC_ACT_SHOT;
 	make_segment(s, s->packet.source_port, s->packet.destination_port, expected, 0, TCP_RST);
 	return write_segment(skb, s, 0) ? TC_ACT_UNSPEC : TC_ACT_SHOT;
@@ -861,14 +330,13 @@ INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *
 {
 	struct learned_value *learned = find_learned(&s->learned_key);
 	__u64 now = now_ns(), mode = GUARD_NAME, permitted = 0;
-	__u32 level;
 	__u8 *listed;
 
 	set_listed_key(s);
 	listed = find_listed(&s->listed_key);
 	if (listed && *listed != LISTED_PROXY)
 		return TC_ACT_UNSPEC;
-	level = level_of(skb, s, settings);
+	find_scope(skb, s, settings);
 	if (s->packet.protocol == IPPROTO_TCP) {
 		if (listed) {
 			mode = GUARD_PROXY;
@@ -883,7 +351,7 @@ INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *
 			permitted = 1; /* the gate looked a moment ago */
 		}
 		if (permitted) {
-			if (level < JUDGED_REGISTRY || (mode == GUARD_NAME && !is_judged(level, &s->packet)))
+			if (s->level < JUDGED_REGISTRY || (mode == GUARD_NAME && !is_judged(s)))
 				return TC_ACT_UNSPEC;
 			if (s->payload_bytes)
 				return TC_ACT_SHOT; /* sent again without, if the kernel sends it */
@@ -891,7 +359,7 @@ INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *
 				return TC_ACT_UNSPEC;
 		}
 	}
-	if (!is_judged(level, &s->packet))
+	if (!is_judged(s))
 		return TC_ACT_UNSPEC;
 	if (settings->observing)
 		return TC_ACT_UNSPEC; /* nftables has counted it, or never saw it */
@@ -923,7 +391,7 @@ INLINE int looks_like_one(struct __sk_buff *skb, struct scratch *s)
 INLINE const __u8 *read_on(struct __sk_buff *skb, struct scratch *s)
 {
 	struct hello *hello;
-	__u8 first = 0;
+	__u64 first = 0;
 
 	s->verdict = GUARD_PASSED;
 	s->name_length = 0;
@@ -977,9 +445,10 @@ INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settin
 	struct flow *flow = find_flow(&s->flow_key);
 	struct learned_value *learned;
 	const __u8 *name = s->name;
-	__u32 level, expected, answer = ANSWER_HTTP;
+	__u32 expected, answer = ANSWER_HTTP;
 	__s32 ahead;
-	__u8 *listed, first = 0;
+	__u64 first = 0;
+	__u8 *listed;
 
 	s->position = s->transport + s->header_bytes;
 	s->payload_left = s->payload_bytes;
@@ -997,11 +466,11 @@ INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settin
 		FORGET();
 		if (!s->permitted && (!settings->recognising || !looks_like_one(skb, s)))
 			return TC_ACT_UNSPEC;
-		level = level_of(skb, s, settings);
-		s->unknown = s->permitted && (listed ? level >= JUDGED_REGISTRY : is_judged(level, &s->packet));
+		find_scope(skb, s, settings);
+		s->unknown = s->permitted && (listed ? s->level >= JUDGED_REGISTRY : is_judged(s));
 		/* What nothing permits has been looked at already. */
-		if (!s->unknown &&
-		    (level != JUDGED_RECOGNISED || !settings->recognising || (s->permitted && !looks_like_one(skb, s))))
+		if (!s->unknown && (s->level != JUDGED_RECOGNISED || !settings->recognising ||
+				    (s->permitted && !looks_like_one(skb, s))))
 			return TC_ACT_UNSPEC;
 		begin_flow(s, s->unknown ? GUARD_NAME : GUARD_RECOGNISE, s->sequence);
 	} else {
@@ -1054,7 +523,7 @@ INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settin
 	}
 	if (name != s->name)
 		answer = ANSWER_TLS;
-	level_of(skb, s, settings); /* whose it is */
+	find_scope(skb, s, settings);
 	report(skb, s, name, s->name_length);
 	s->flow.state = settings->observing ? FLOW_ALLOWED : FLOW_ENDED;
 	remember_flow(&s->flow_key, &s->flow);
@@ -1067,8 +536,8 @@ INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settin
 
 INLINE int guard_packet(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
-	__u32 interface = skb->ifindex;
-	struct uplink *uplink = find_uplink(&interface);
+	__u64 interface = skb->ifindex;
+	struct uplink *uplink = find_uplink(KEY_32(&interface));
 	__u64 end;
 
 	if (!uplink)
@@ -1085,9 +554,9 @@ INLINE int guard_packet(struct __sk_buff *skb, struct scratch *s, struct setting
 	s->learned_key.port = s->packet.destination_port;
 	s->learned_key.padding = 0;
 	if (s->packet.protocol == IPPROTO_UDP) {
-		__u32 port = s->packet.destination_port;
+		__u64 port = s->packet.destination_port;
 
-		return find_registry_port(&port) ? guard_new(skb, s, settings) : TC_ACT_UNSPEC;
+		return find_registry_port(KEY_32(&port)) ? guard_new(skb, s, settings) : TC_ACT_UNSPEC;
 	}
 	s->header_bytes = (s->packet.transport[12] >> 4) * 4;
 	s->transport = s->uplink.link_bytes + s->packet.payload - s->header_bytes;

@@ -93,7 +93,7 @@ INLINE int is_refused(struct learned_key *to, __u32 scope, __u32 protocol, struc
 /* Exchanges two fields of the packet; a sum over both stays what it is. */
 INLINE int exchange_32(struct __sk_buff *skb, __u32 one, __u32 other)
 {
-	__u32 a, b;
+	__u64 a = 0, b = 0;
 
 	return !bpf_skb_load_bytes(skb, one, &a, 4) && !bpf_skb_load_bytes(skb, other, &b, 4) &&
 	       !bpf_skb_store_bytes(skb, one, &b, 4, STORE_FLAGS) &&
@@ -102,11 +102,28 @@ INLINE int exchange_32(struct __sk_buff *skb, __u32 one, __u32 other)
 
 INLINE int exchange_16(struct __sk_buff *skb, __u32 one, __u32 other)
 {
-	__u16 a, b;
+	__u64 a = 0, b = 0;
 
 	return !bpf_skb_load_bytes(skb, one, &a, 2) && !bpf_skb_load_bytes(skb, other, &b, 2) &&
 	       !bpf_skb_store_bytes(skb, one, &b, 2, STORE_FLAGS) &&
 	       !bpf_skb_store_bytes(skb, other, &a, 2, STORE_FLAGS);
+}
+
+/* Exchanges source and destination of link and network, whose header is at `network`. */
+INLINE int turn_round(struct __sk_buff *skb, __u64 network)
+{
+	int i;
+
+	if (network)
+		for (i = 0; i < ETH_ALEN; i += 2)
+			if (!exchange_16(skb, i, ETH_ALEN + i))
+				return 0;
+	if (skb->protocol == NETWORK_16(ETH_P_IP))
+		return exchange_32(skb, network + IPV4_ADDRESSES, network + IPV4_ADDRESSES + 4);
+	for (i = 0; i < 16; i += 4)
+		if (!exchange_32(skb, network + IPV6_ADDRESSES + i, network + IPV6_ADDRESSES + 16 + i))
+			return 0;
+	return 1;
 }
 
 /* Turns a SYN round into the reset that answers it (RFC 9293, section 3.10.7.1) and sends it back where it came from.
@@ -115,7 +132,7 @@ INLINE int exchange_16(struct __sk_buff *skb, __u32 one, __u32 other)
 INLINE int answer_with_reset(struct __sk_buff *skb, struct packet *packet)
 {
 	__u32 transport = ETH_HLEN + packet->payload - (packet->transport[12] >> 4) * 4;
-	__u32 sum = transport + TCP_CHECKSUM_OFFSET, sequence, acknowledged, before, i;
+	__u32 sum = transport + TCP_CHECKSUM_OFFSET, sequence, acknowledged, before;
 	__u16 ether_type, flags_before, flags;
 
 	if (bpf_skb_load_bytes(skb, ETH_HLEN - 2, &ether_type, 2) || ether_type != skb->protocol || transport > 512)
@@ -124,18 +141,7 @@ INLINE int answer_with_reset(struct __sk_buff *skb, struct packet *packet)
 	    bpf_skb_load_bytes(skb, transport + TCP_SEQUENCE_OFFSET + 4, &before, 4) ||
 	    bpf_skb_load_bytes(skb, transport + TCP_FLAGS_OFFSET - 1, &flags_before, 2))
 		return TC_ACT_UNSPEC;
-	for (i = 0; i < ETH_ALEN; i += 2)
-		if (!exchange_16(skb, i, ETH_ALEN + i))
-			return TC_ACT_SHOT;
-	if (skb->protocol == NETWORK_16(ETH_P_IP)) {
-		if (!exchange_32(skb, ETH_HLEN + IPV4_ADDRESSES, ETH_HLEN + IPV4_ADDRESSES + 4))
-			return TC_ACT_SHOT;
-	} else {
-		for (i = 0; i < 16; i += 4)
-			if (!exchange_32(skb, ETH_HLEN + IPV6_ADDRESSES + i, ETH_HLEN + IPV6_ADDRESSES + 16 + i))
-				return TC_ACT_SHOT;
-	}
-	if (!exchange_16(skb, transport, transport + 2))
+	if (!turn_round(skb, ETH_HLEN) || !exchange_16(skb, transport, transport + 2))
 		return TC_ACT_SHOT;
 	acknowledged = NETWORK_32(NETWORK_32(sequence) + 1);
 	flags = (flags_before & NETWORK_16(0xff00)) | NETWORK_16(TCP_RST | TCP_ACK);

@@ -89,8 +89,11 @@ struct scratch {
 	__u64 unknown;	     /* the connection's beginning was not seen */
 	__u32 sequence;
 	__u32 acknowledged;
-	__u32 scope; /* whose packet it is, as a number of `levels` */
+	__u32 scope;	    /* whose packet it is, as a number of `levels` */
+	__u32 level;	    /* that scope's */
+	__u32 cgroup_scope; /* what the cgroup says of it */
 	__u32 guard_padding;
+	__u64 cgroup; /* of the packet's socket, or above it */
 	struct uplink uplink;
 	struct link link; /* the last two bytes stay zero */
 	struct flow_key flow_key;

@@ -97,10 +97,7 @@ class Auditor:
     def refused_packets(self, reports: Iterable[Report]) -> None:
         """nftables has refused, or in mode "observe" would have refused, these."""
         for report in reports:
-            if report.flow in self._pending:
-                continue  # another packet of the same attempt
-            if len(self._pending) >= PENDING_ATTEMPTS:
-                self.unrecorded += 1
+            if not self._has_place(report):
                 continue
             process, container = self._who(report)
             named_later = self.responding and report.protocol is Protocol.TCP and report.kind is Kind.REFUSED
@@ -128,14 +125,19 @@ class Auditor:
 
     def ended(self, report: Report, name: str | None, reason: Reason) -> None:
         """The guard has ended a connection, or in mode "observe" would have, since it asked for `name`."""
-        if report.flow in self._pending:
-            return
-        if len(self._pending) >= PENDING_ATTEMPTS:
-            self.unrecorded += 1
+        if not self._has_place(report):
             return
         process, container = self._who(report)
         self._pending[report.flow] = _Attempt(report, process, container, 0.0, said=(name, reason))
         self._wake.set()
+
+    def _has_place(self, report: Report) -> bool:
+        if report.flow in self._pending:
+            return False  # another packet of the same attempt
+        if len(self._pending) >= PENDING_ATTEMPTS:
+            self.unrecorded += 1
+            return False
+        return True
 
     def disagreed(self, detail: str) -> None:
         """BPF and the full parser did not agree about a DNS answer."""

@@ -1147,7 +1147,7 @@ class Enforcement:
         if self._responder is None:
             return
         before, lost = self._redirects_lost, self._count_redirects_lost()
-        if lost.keys() != before.keys():
+        if not lost.keys() == before.keys() == set(ruleset.Redirected):
             self._redirects_lost = lost
             return
         if any(lost[way] > before[way] for way in self._redirected):
@@ -1172,7 +1172,6 @@ class Enforcement:
         """The guard has ended a connection, or would have."""
         assert self.plan is not None
         source, destination = (ending.source, ending.source_port), (ending.destination, ending.destination_port)
-        own = {address.ip for entry in self.plan.roles for address in entry.interface.addresses}
         try:
             source = (ending.protocol is Protocol.TCP and conntrack.original_source(source, destination)) or source
         except OSError as error:
@@ -1192,7 +1191,7 @@ class Enforcement:
                 protocol=ending.protocol,
                 source=source,
                 destination=destination,
-                forwarded=ending.scope is MarkedScope.CONTAINER and source[0] not in own,
+                forwarded=ending.scope is MarkedScope.CONTAINER and source[0] not in self.plan.own_addresses,
                 marked_scope=ending.scope,
                 uid=None,
             ),

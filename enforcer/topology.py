@@ -16,6 +16,7 @@ everybody.
 from __future__ import annotations
 
 import enum
+import functools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from enforcer.policy import Address, Network
 
 # rtnl_link_ops.kind of devices whose other end is this host: a peer in one of its namespaces, or nothing at all.
 _INTERNAL_KINDS = frozenset({"veth", "netkit", "dummy"})
+_PAIRS = frozenset({"veth", "netkit"})
 # Behind a tap that is a bridge's port sits a virtual machine of this host. A tap on its own may be a VPN.
 _INTERNAL_PORT_KINDS = _INTERNAL_KINDS | {"tun"}
 # 0.0.0.0/1 and 128.0.0.0/1 are how VPNs spell a default route without replacing the one that is there.
@@ -75,7 +77,7 @@ class InterfaceRole:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: own_addresses is kept
 class AttachmentPlan:
     """Where the programs belong, and what the ruleset treats as internal."""
 
@@ -89,6 +91,11 @@ class AttachmentPlan:
     def uplinks(self) -> tuple[Interface, ...]:
         """What leaves this host leaves through one of these."""
         return tuple(entry.interface for entry in self.roles if entry.role is Role.UPLINK)
+
+    @functools.cached_property
+    def own_addresses(self) -> frozenset[Address]:
+        """Of this host, on whatever interface."""
+        return frozenset(address.ip for entry in self.roles for address in entry.interface.addresses)
 
     @property
     def internal(self) -> frozenset[str]:
@@ -181,6 +188,13 @@ def _uplinks(by_index: Mapping[int, Interface], routes: Iterable[Route]) -> dict
             leads_out.setdefault(route.interface, f"route to {route.destination}")
         elif route.gateway is not None:
             leads_out.setdefault(route.interface, f"route to {route.destination} via {route.gateway}")
+
+    if not leads_out:
+        # A system in a container boots with one end of a pair as its way out, which looks like a way in until there is
+        # a route. Where nothing leads out, that one may.
+        for index, interface in by_index.items():
+            if interface.kind in _PAIRS and interface.peer not in by_index and not _is_port(interface, by_index):
+                leads_out[index] = f"{interface.kind}, and no way out is known"
 
     # A bridge leads where any of its ports leads, a port where its bridge leads, one end of a veth pair where the
     # other end leads when both are here. Each round adds at least one interface, so this ends.

@@ -87,9 +87,9 @@ def test_traffic_is_judged() -> None:
 
 def test_prober_that_nobody_answers_has_reached_nothing() -> None:
     met = Traffic()
-    met.add({"reached": 3, "silent": 1}, "198.18.1.10", allowed=True)
-    met.add({"refused": 3, "silent": 1, "reached": 1}, "198.18.66.66", allowed=False)
-    assert (met.allowed, met.failed) == (4, ["198.18.1.10: silent"])
+    met.add({"reached": 3, "unanswered": 1}, "198.18.1.10", allowed=True)
+    met.add({"refused": 3, "unanswered": 1, "reached": 1}, "198.18.66.66", allowed=False)
+    assert (met.allowed, met.failed) == (4, ["198.18.1.10: unanswered"])
     assert (met.refused, met.passed) == (5, 1)
 
 

@@ -72,8 +72,20 @@ def test_uplink_without_a_resolver_behind_it_is_gated_and_does_not_learn() -> No
     ],
 )
 def test_only_kinds_known_to_end_on_this_host_are_internal(kind: str | None, role: Role) -> None:
-    plan = plan_attachments((LO, Interface(7, "new0", kind)), [], {})
+    plan = plan_attachments((LO, Interface(2, "eth0", None), Interface(7, "new0", kind)), [], {})
     assert role_of(plan, "new0") is role
+
+
+def test_one_end_of_a_pair_is_an_uplink_while_no_way_out_is_known() -> None:
+    """A system in a container, at boot: what has no route yet gets one a moment later, and packets use it at once."""
+    host0 = Interface(2, "host0", "veth")
+    plan = plan_attachments((LO, host0, DOCKER0, CONTAINER), [], {})
+    assert why(plan, "host0") == "veth, and no way out is known"
+    assert plan.internal == {"lo", "docker0", "veth4"}
+    both_ends = Interface(8, "left", "veth", peer=9), Interface(9, "right", "veth", peer=8)
+    assert plan_attachments((LO, *both_ends), [], {}).internal == {"lo", "left", "right"}
+    known = plan_attachments((LO, Interface(7, "eth0", None), host0), [], {})
+    assert known.internal == {"lo", "host0"}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +107,8 @@ def test_route_onward_makes_any_interface_an_uplink(kind: str, through: Route, r
 
 
 def test_route_on_the_link_leaves_a_veth_internal() -> None:
-    plan = plan_attachments((LO, Interface(7, "cali7", "veth")), [route("10.0.0.7/32", 7)], {})
+    interfaces = LO, Interface(2, "eth0", None), Interface(7, "cali7", "veth")
+    plan = plan_attachments(interfaces, [route("10.0.0.7/32", 7)], {})
     assert role_of(plan, "cali7") is Role.INTERNAL
 
 

@@ -36,16 +36,18 @@ _UNLISTED = ("198.18.66.", "2001:2:0:66:")
 _HOST_OF_PORT = {5000: "plain.allowed.test", 8443: "alt.allowed.test"}
 
 
+_UNANSWERED = "connected, and no answer"
+
+
 def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | None = None) -> Reply:
     """One TCP connection of a socket that sets its own mark first, and a request to see who is at its other end.
 
     The request is for `host`; None: for a registry that the lab's policy allows on this port.
-    Reply: verdict (reached, refused, timed out, error), seconds, address, message, the socket's mark then, and whether
-    somebody answered: "reached" may mean that nobody has yet.
+    Reply: verdict (reached, refused, timed out, error), seconds, address, message, and the socket's mark then.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     started = time.monotonic()
-    verdict, message, seconds, answer = "reached", "", 0.0, b""
+    verdict, message, seconds = "reached", "", 0.0
     with socket.socket(family, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
         try:
@@ -55,9 +57,11 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
             seconds = time.monotonic() - started
             if host is None and not address.startswith(_UNLISTED):
                 host = _HOST_OF_PORT.get(port, "registry.allowed.test")
-            answer = _ask_for(connection, host)
-            if answer.startswith(b"HTTP/1.1 403 "):  # the enforcer's responder; servers of anything else say no 403
+            answer = _reply_to(connection, host)
+            if answer.startswith(b"HTTP/1.1 403 "):  # the enforcer's: servers of TLS and of anything else say no 403
                 verdict, message = "refused", "403 Forbidden"
+            else:
+                message = answer[:64].decode("ascii", "replace") or _UNANSWERED
         except TimeoutError:
             verdict, message = "timed out", "no answer to the SYN"
         except OSError as error:
@@ -65,12 +69,11 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
             message = error.strerror or str(error)
         seconds = seconds or time.monotonic() - started
         mark = connection.getsockopt(socket.SOL_SOCKET, socket.SO_MARK)
-    return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark,
-            "answered": bool(answer)}  # fmt: skip
+    return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark}
 
 
-def _ask_for(connection: socket.socket, host: str | None) -> bytes:
-    """What whoever has taken this connection says; nothing if he says nothing in time, or ends it."""
+def _reply_to(connection: socket.socket, host: str | None) -> bytes:
+    """What whoever has taken this connection says to a request; nothing if that is nothing in time."""
     connection.settimeout(_ANSWER_SECONDS)
     field = "" if host is None else f"Host: {host}\r\n"
     connection.sendall(f"GET / HTTP/1.0\r\n{field}\r\n".encode())
@@ -353,7 +356,8 @@ class _Prober:
     def run(self) -> None:
         while not self.stopping.wait(self.pause):
             reply = attempt(*self.target)
-            verdict = "silent" if reply["verdict"] == "reached" and not reply["answered"] else reply["verdict"]
+            # Who is told no loses the responder when the rules that led there go; that is not to have got out.
+            verdict = "unanswered" if reply["message"] == _UNANSWERED else reply["verdict"]
             self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
             self.slowest = max(self.slowest, reply["seconds"])
 
@@ -373,7 +377,7 @@ def probe_start(key: str, address: str, port: int, timeout: float = 2, pause: fl
 
 
 def probe_stop(key: str) -> Reply:
-    """Stop it: `verdicts` counts them, `slowest` is in seconds. "silent": connected, and nobody said a word."""
+    """Stop it: `verdicts` counts them, `slowest` is in seconds. "unanswered": connected, no word."""
     return _probers.pop(key).stop()
 
 

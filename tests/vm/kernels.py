@@ -125,14 +125,13 @@ KERNELS = (
         },
         expected=Expected(
             memlock=True,
-            programs_missing=_HOOKS_MISSING | {"guard": "its verifier does not follow it; doctor says what that costs"},
+            programs_missing=_HOOKS_MISSING,
             failing={
                 "kernel/test_connect.py::*": "skipped: no connect hook",
                 "kernel/test_noted_connects.py::*": "skipped: no connect hook",
                 "kernel/test_gate.py::*": _NO_MARK_IN_TEST_RUN,
                 "kernel/test_learn.py::test_nothing_is_learned_or_cleared_*": _NO_MARK_IN_TEST_RUN,
                 "kernel/test_learn.py::test_marks_from_outside_*": _NO_MARK_IN_TEST_RUN,
-                "lab/test_end_to_end.py::test_mark_that_a_client_sets_itself_*": "CAP_NET_ADMIN can change a scope",
             },
         ),
         in_ci=True,
