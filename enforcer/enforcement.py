@@ -1153,7 +1153,7 @@ class Enforcement:
         if any(lost[way] > before[way] for way in self._redirected):
             # A packet may have come between the readings of its two counters; what was dropped stays so.
             again = self._count_redirects_lost()
-            lost = {way: min(lost[way], again[way]) for way in lost}
+            lost = {way: min(lost[way], again.get(way, before[way])) for way in lost}
         self._redirects_lost = {way: max(lost[way], before[way]) for way in lost}
         dropped = {way for way in self._redirected if lost[way] > before[way]}
         if not dropped:
