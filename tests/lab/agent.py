@@ -372,8 +372,7 @@ class _Prober:
         while not self.stopping.wait(self.pause):
             reply = attempt(*self.target)
             # Who is told no loses the responder when the rules that led there go; that is not to have got out.
-            told_nothing = reply["verdict"] == "reached" and not reply["answered"]
-            told_nothing |= reply["message"] == os.strerror(errno.EPIPE)
+            told_nothing = reply["message"] in (_UNANSWERED, os.strerror(errno.EPIPE))
             verdict = "unanswered" if told_nothing else reply["verdict"]
             self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
             self.slowest = max(self.slowest, reply["seconds"])
