@@ -26,6 +26,7 @@ TOP = {
     "daemon",
     "baseline",
     "enforcement",
+    "asking",
     "auditing",
     "drift",
     "faults",
