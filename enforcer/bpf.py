@@ -413,7 +413,10 @@ def ensure_bpffs(path: Path) -> bool:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise BpfError(f"{path} cannot be made ({error.strerror}); as root run: mkdir -p {path}") from None
+        hint = f"as root run: mkdir -p {path}"
+        if error.errno == errno.EROFS:  # for a service that systemd confines, which makes it at its start
+            hint = "as root run: systemctl restart registry-enforcer"
+        raise BpfError(f"{path} cannot be made ({error.strerror}); {hint}") from None
     _check_owner(path)
     return mounted
 

@@ -170,7 +170,7 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce, wra
             systemd.ready(_in_force(policy))
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(enforcement.keep_asking()),
+                    group.create_task(enforcement.questions.keep_asking()),
                     group.create_task(enforcement.follow_links()),
                     group.create_task(enforcement.auditor.run()),
                     group.create_task(served.run()),

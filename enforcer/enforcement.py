@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import functools
 import logging
 import math
@@ -20,7 +19,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, ParamSpec
@@ -41,13 +40,13 @@ from enforcer import (
     nflog,
     nft,
     procfs,
-    resolver,
     responder,
     revocation,
     ruleset,
     state,
     topology,
 )
+from enforcer.asking import Beside, OwnQuestions
 from enforcer.audit import AuditLog
 from enforcer.audit_record import Drifted, Kind, Report
 from enforcer.bounds import Bounded, Room
@@ -85,6 +84,7 @@ from enforcer.policy import (
     name_permissions,
     pattern_id,
 )
+from enforcer.redirects import Redirects
 from enforcer.without_bpf import MemoryState
 
 if TYPE_CHECKING:
@@ -94,12 +94,6 @@ log = logging.getLogger("registry-enforcer")
 
 REFUSED: Final = (nft.NftError, bpf.BpfError, OSError)  # what the kernel may say to anything, at any time
 _Parameters = ParamSpec("_Parameters")
-RESOLVE_PERIOD_SECONDS = kernel_abi.LIFETIME_FLOOR_SECONDS - 2 * kernel_abi.REFRESH_MARGIN_SECONDS
-UNRESOLVED_SECONDS = 15.0  # until it is asked again for what no resolver has answered
-RESOLVE_CONCURRENCY = 16
-RESOLVE_PAUSE_SECONDS = 0.1  # of each of them between two names: spares the resolvers when a policy has thousands
-FIRST_RESOLVE_SECONDS = 3.0  # how long the start waits for the first pass; the rest follows while enforcing
-UNREADABLE_AT_ONCE = 256  # names of answers that BPF could not read, being asked for
 CGROUP_ATTEMPTS = 5  # at a text that names cgroups
 NANOSECONDS = 1_000_000_000
 
@@ -233,7 +227,6 @@ class Enforcement:
         self.resolvers: tuple[Address, ...] = ()
         self._retired: dict[Address, int] = {}  # resolvers until a moment ago -> when their last answers are too late
         self.plan: topology.AttachmentPlan | None = None
-        self.ask_again = asyncio.Event()  # set: the policy or the resolvers changed, ask for every exact name now
         self.metrics = metrics.Metrics(self._snapshot_for_scrape)
         self.metrics_server: metrics.Server | None = None  # None: nobody is to be served
         self.auditor = auditing.Auditor(audit_log, kernel, cgroup, self._known_name)
@@ -269,8 +262,7 @@ class Enforcement:
         self._table_present = firewall.present()  # an earlier daemon's
         self._ruleset_applied = False  # this one's
         self._responder: responder.Responder | None = None
-        self._redirected = set(ruleset.Redirected)  # what no other table's input chain is known to drop
-        self._redirects_lost: dict[ruleset.Redirected, int] = {}
+        self._redirects = Redirects()
         self._table_uncertain = False  # somebody may have changed it unseen
         self._interfaces = ""  # the text that told the table of them last
         self._lost_seen = 0
@@ -278,10 +270,7 @@ class Enforcement:
         self._ranges: dict[bytes, bytes] = {}
         self._attached: dict[int, str] = {}  # interface index -> the program at its ingress
         self._unattachable: set[int] = set()  # interfaces that refused it, each logged once
-        self._unresolved: set[str] = set()  # exact names whose last own question failed, each logged once
-        self._asking: set[str] = set()  # names of unreadable answers that are being asked for
         self.askers = Room(control.MAX_ASKERS)
-        self._questions = Room(UNREADABLE_AT_ONCE)
         # What does not fit into a map of BPF is left out: to fail would end the daemon at the will of others.
         self._in_bpf = {
             Bounded.RESOLVERS: Room(kernel_abi.MAX_RESOLVERS),
@@ -289,7 +278,10 @@ class Enforcement:
             Bounded.OWN_RANGES: Room(kernel_abi.MAX_RANGES),
         }
         self._reached: set[Bounded] = set()  # each said once
-        self._asked: set[asyncio.Task[None]] = set()
+        self._beside = Beside()
+        self.questions = OwnQuestions(
+            lambda: _exact_names(self.policy), self._teachers, self.surviving(self._hold), self.metrics, self._beside
+        )
 
     # --- start -------------------------------------------------------------------------------------------------------
     async def start(self) -> None:
@@ -313,12 +305,7 @@ class Enforcement:
         self._stop_vouching(adopted.forget)
         self._refresh_learned()  # a new build's maps, or those of before a reboot, know nothing
         self._attach_hooks()
-        first_pass = asyncio.create_task(self.ask_for_names())
-        done, _ = await asyncio.wait([first_pass], timeout=FIRST_RESOLVE_SECONDS)
-        if not done:
-            log.warning("not all names of the policy are resolved yet; enforcing now, the rest follows")
-            self._asked.add(first_pass)
-            first_pass.add_done_callback(self._asked.discard)
+        await self.questions.begin()
         difference = self._difference(self._elements() if self._table_present else [], frozenset(adopted.forget))
         assert self.plan is not None  # follow_resolvers made it
         self._revoked = self._revoked_elements() if self._table_present else {}
@@ -328,7 +315,7 @@ class Enforcement:
         self._table_present = self._ruleset_applied = True
         if self.guard is not None:
             self.guard.begin()
-        self._redirects_lost = self._count_redirects_lost()
+        self._redirects.table_written(self._count_redirects())
 
     def _attach_hooks(self) -> None:
         if self._cgroup is None or not self._kernel.programs:
@@ -663,67 +650,7 @@ class Enforcement:
         rule_name = revocation.lists_address(self.policy, address)
         return None if rule_name is None else (None, rule_name)
 
-    # --- own questions -----------------------------------------------------------------------------------------------
-    async def ask_for_names(self, *, unresolved: bool = False) -> None:
-        """Ask for every exact name of the policy, a few at a time and no faster than the lifetimes demand.
-
-        `unresolved`: for those alone that could not be resolved the last time.
-        """
-        if not self._teachers():
-            return  # why not is in the log; a way to one has them asked for (fit_interfaces)
-        exact = _exact_names(self.policy)
-        names = sorted(self._unresolved if unresolved else exact)
-        pause_seconds = min(RESOLVE_PAUSE_SECONDS, RESOLVE_PERIOD_SECONDS * RESOLVE_CONCURRENCY / (2 * len(names) + 1))
-        remaining = iter(names)
-
-        async def ask_in_turn() -> None:
-            for name in remaining:
-                await self._ask(name)
-                await asyncio.sleep(pause_seconds)
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(RESOLVE_CONCURRENCY):
-                group.create_task(ask_in_turn())
-
-    async def keep_asking(self) -> None:
-        """Ask again before the lifetimes end, and at once when the policy or the resolvers change.
-
-        Sooner for what could not be resolved: clients that cached an answer wait for this daemon to have one.
-        """
-        due_at = self._loop.time() + RESOLVE_PERIOD_SECONDS
-        while True:
-            left_seconds = due_at - self._loop.time()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(left_seconds, UNRESOLVED_SECONDS) if self._unresolved else left_seconds):
-                    await self.ask_again.wait()
-            unresolved = not self.ask_again.is_set() and self._loop.time() < due_at
-            if not unresolved:
-                self.ask_again.clear()
-                due_at = self._loop.time() + RESOLVE_PERIOD_SECONDS
-            await self.ask_for_names(unresolved=unresolved)
-
-    async def _ask(self, name: str) -> None:
-        """Ask for the addresses of `name` and hold what the answers permit. BPF sees the same packets and is first."""
-        for rdtype in dns_answer.ADDRESS_TYPES:
-            try:
-                wire, asked = await resolver.ask(dns_answer.build_query(name, rdtype), self._teachers())
-                answer = dns_answer.parse_answer(wire, asked)
-            except resolver.NoAnswerError as error:
-                self.metrics.own_queries.labels("no_answer").inc()
-                if name not in self._unresolved:
-                    self._unresolved.add(name)
-                    log.warning("%s cannot be resolved: %s", name, error)
-                return
-            except dns_answer.DnsAnswerError:
-                self.metrics.own_queries.labels("unusable").inc()
-                continue
-            if asked not in self._teachers() or answer.question != name:  # the resolvers may have changed meanwhile
-                self.metrics.own_queries.labels("unusable").inc()
-                continue
-            self.metrics.own_queries.labels("answered").inc()
-            self._unresolved.discard(name)
-            self.surviving(self._hold)(answer)
-
+    # --- what is held ------------------------------------------------------------------------------------------------
     def _hold(self, answer: dns_answer.DnsAnswer) -> None:
         """What an answer to this daemon's own question permits."""
         now = self._now()
@@ -782,37 +709,13 @@ class Enforcement:
         return tuple(address for address in self.resolvers if address not in mute)
 
     def _ask_for_question(self, event: DnsEvent) -> None:
-        """BPF could not read this answer whole: ask for its name, once at a time."""
+        """BPF could not read this answer whole: ask for its name."""
         try:
             name = dns_answer.parse_question(event.wire)
         except dns_answer.DnsAnswerError:
             return  # BPF matched a listed name before it gave up, so this was cut on the way: nothing was permitted
-        if not self.index.match(name) or name in self._asking:
-            return
-        if len(self._asking) >= UNREADABLE_AT_ONCE:
-            # A wildcard's owner has as many names as he likes, and each takes a socket. Nothing was permitted.
-            self._questions.turned_away += 1
-            return
-
-        async def ask() -> None:
-            try:
-                await self._ask(name)
-            finally:
-                self._asking.discard(name)
-
-        self._asking.add(name)
-        self._start(ask())
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Work beside everything else; its exception is this daemon's."""
-        task = asyncio.create_task(work)
-        self._asked.add(task)
-        task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._asked.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            raise error
+        if self.index.match(name):
+            self.questions.ask_beside(name)
 
     # --- changes around the daemon -----------------------------------------------------------------------------------
     def fit_interfaces(self, changed: netlink.Change = netlink.Change.EVERYTHING) -> None:
@@ -843,7 +746,7 @@ class Enforcement:
             self._tell_interfaces()
         ways_out = frozenset(route for route in known_routes if route.destination.prefixlen == 0)
         if before is not None and (self.plan.learn - before.learn or ways_out - self._ways_out):
-            self.ask_again.set()  # at boot, nobody could be asked before, or who was asked could not say
+            self.questions.again.set()  # at boot, nobody could be asked before, or who was asked could not say
         self._ways_out = ways_out
         if before is None or before.unlearnable != self.plan.unlearnable:
             for address, why in self.plan.unlearnable:
@@ -917,7 +820,7 @@ class Enforcement:
         too_late = dict.fromkeys(self.resolvers, now + kernel_abi.QUERY_WINDOW_SECONDS * NANOSECONDS)
         self.resolvers = resolvers
         self._retire({} if at_once else self._retired | too_late)
-        self.ask_again.set()
+        self.questions.again.set()
         log.info("trusted resolvers: %s", ", ".join(map(str, resolvers)) or "none")
 
     def _retire(self, too_late: Mapping[Address, int]) -> None:
@@ -1024,8 +927,8 @@ class Enforcement:
             functools.partial(self._still_held, index), policy.learned_addresses, self._now()
         )
         assert self.plan is not None
-        self._redirected = set(ruleset.Redirected)  # the operator may have let them in
         try:
+            self._redirects.take_up(self._count_redirects())
             for key in narrowed:
                 names.delete(key)
             self._stop_vouching((*changes.withdraw, *changes.forget))
@@ -1041,12 +944,11 @@ class Enforcement:
         before_it, self.policy, self.index, self.learned = self.policy, policy, index, kept
         self._names = after
         self._rules = {rule.name: rule for rule in policy.rules}
-        self._unresolved.intersection_update(_exact_names(policy))
         self._remember_revoked(changes)
         self._audit_log.follow_policy(policy.audit_file)
         if self._responder is not None:
             self._responder.contexts = None if authority is None else authority.context
-        self.ask_again.set()
+        self.questions.again.set()
         self.surviving(self._widen)(before_it, before)
         self.metrics.reloads.labels("ok").inc()
         in_force = f"policy {policy.source} ({policy.digest[:12]}) is in force, mode {policy.mode.value}"
@@ -1061,7 +963,7 @@ class Enforcement:
         if self.guard is not None and (ended := self.guard.end_what_lost_its_name(before_it, policy)):
             log.info("%d open connections are ended: their names are not allowed any more", ended)
         if revocation.narrows(before_it, policy):
-            self._start(self._judge_connections_again(before_it))
+            self._beside.start(self._judge_connections_again(before_it))
         self._kernel.maps["names"].update_many(
             (key, value) for key, value in self._names.items() if names_before.get(key) != value
         )
@@ -1116,7 +1018,7 @@ class Enforcement:
             self._lost_seen = lost
             self._apply(self._adopt_learned())
             if self._ears is not None:
-                self.ask_again.set()  # nobody else has read what was lost
+                self.questions.again.set()  # nobody else has read what was lost
         if self._drift is not None:
             scopes = {path: cgroup.scope for path, cgroup in self._cgroups.items()}
             self._drift.repair(scopes if self._capabilities.stamps_sockets else {})
@@ -1165,7 +1067,7 @@ class Enforcement:
         self._write_table()
         self._refresh_learned()
         self._write_judge(self.policy)
-        self.ask_again.set()
+        self.questions.again.set()
 
     # --- drift of the table ------------------------------------------------------------------------------------------
     def suspect_table(self) -> None:
@@ -1204,7 +1106,7 @@ class Enforcement:
         self._remember_revoked(difference)
         self._table_present = True
         self._interfaces = ""
-        self._redirects_lost = self._count_redirects_lost()
+        self._redirects.table_written(self._count_redirects())
 
     def _revoked_elements(self) -> dict[Destination, float]:
         """What the table judges at every packet, and when it ends."""
@@ -1238,7 +1140,7 @@ class Enforcement:
             return None
         assert self.plan is not None
         addressed: dict[int, set[str]] = {4: set(), 6: set()}
-        if ruleset.Redirected.FORWARDED in self._redirected:
+        if ruleset.Redirected.FORWARDED in self._redirects.in_force:
             for entry in self.plan.roles:
                 if entry.role is topology.Role.INTERNAL:
                     for address in entry.interface.addresses:
@@ -1246,18 +1148,17 @@ class Enforcement:
                             addressed[address.version].add(entry.interface.name)
         return ruleset.Responder(
             self._responder.port,
-            local=ruleset.Redirected.LOCAL in self._redirected,
+            local=ruleset.Redirected.LOCAL in self._redirects.in_force,
             interfaces4=frozenset(addressed[4]),
             interfaces6=frozenset(addressed[6]),
         )
 
-    def _count_redirects_lost(self) -> dict[ruleset.Redirected, int]:
-        """How many redirected connections never came to the responder, ever."""
+    def _count_redirects(self) -> dict[ruleset.Redirected, tuple[int, int]]:
         if self._responder is None:
             return {}
         counters = self._firewall.counters()
         return {
-            way: counters[way.entered].packets - counters[way.reached].packets
+            way: (counters[way.entered].packets, counters[way.reached].packets)
             for way in ruleset.Redirected
             if counters.keys() >= {way.entered, way.reached}  # else somebody has just taken them away
         }
@@ -1266,26 +1167,20 @@ class Enforcement:
         """Go back to resets where another table's input chain drops what is redirected: clients would hang."""
         if self._responder is None:
             return
-        before, lost = self._redirects_lost, self._count_redirects_lost()
-        if not lost.keys() == before.keys() == set(ruleset.Redirected):
-            self._redirects_lost = lost
-            return
-        watched = self._redirected & lost.keys()  # without the table, none
-        if any(lost[way] > before[way] for way in watched):
-            # A packet may have come between the readings of its two counters; what was dropped stays so.
-            again = self._count_redirects_lost()
-            lost = {way: min(lost[way], again.get(way, lost[way])) for way in lost}
-        self._redirects_lost = {way: max(lost[way], before[way]) for way in lost}
-        dropped = {way for way in watched if lost[way] > before[way]}
+        assert self.plan is not None
+        now = self._now()
+        again = self._redirects.tried_again(now)
+        if again:
+            self._apply_ruleset(self.policy)
+        dropped = self._redirects.given_up(self._count_redirects, now)
         if not dropped:
             return
-        self._redirected -= dropped
-        assert self.plan is not None
         self._apply_ruleset(self.policy)
         log.warning(
             "another table's input chain drops the %s connections that are redirected to the responder, so they are "
-            "reset again: let 'ct status dnat tcp dport %d' in there, then reload the policy (SIGHUP)",
+            "reset for %d s: let 'ct status dnat tcp dport %d' in there, then reload the policy (SIGHUP)",
             " and ".join(sorted(way.value for way in dropped)),
+            self._redirects.wait_seconds(dropped),
             self._responder.port,
         )
 
@@ -1368,7 +1263,7 @@ class Enforcement:
             else {
                 "port": self._responder.port,
                 "clients": len(self._responder),
-                "answers": sorted(way.value for way in self._redirected),
+                "answers": sorted(way.value for way in self._redirects.in_force),
             },
             "metrics": None
             if self.metrics_server is None
@@ -1426,7 +1321,7 @@ class Enforcement:
     def _rooms(self) -> dict[Bounded, Room]:
         rooms = {
             Bounded.LEARNED: Room(self.learned.capacity, self.learned.permissions, self.learned.evicted),
-            Bounded.OWN_QUESTIONS: Room(UNREADABLE_AT_ONCE, len(self._asking), self._questions.turned_away),
+            Bounded.OWN_QUESTIONS: self.questions.room,
             Bounded.CONTROL_CLIENTS: self.askers,
             **self._in_bpf,
             **self.auditor.rooms(),

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from enforcer import enforcement, kernel_abi
+from enforcer import asking, kernel_abi
 from enforcer.bounds import Bounded, Room
-from enforcer.enforcement import UNREADABLE_AT_ONCE, Enforcement
+from enforcer.enforcement import Enforcement
 from enforcer.kernel_abi import DnsEvent, MarkedScope, Outcome, Protocol
 from enforcer.ladder import Capabilities
+from enforcer.metrics import Metrics, Snapshot
 from enforcer.policy import NameIndex, parse
 from enforcer.procfs import Cgroup
 from enforcer.without_bpf import MemoryState
@@ -59,7 +60,6 @@ def daemon(**more: Any) -> Enforcement:
     made._table_present = False
     made._in_bpf = {Bounded.CGROUPS: Room(3)}
     made._cgroups, made._cgroups_waiting = {}, {}
-    made._asking, made._questions = set(), Room(UNREADABLE_AT_ONCE)
     for name, value in more.items():
         setattr(made, name, value)
     return made
@@ -94,8 +94,12 @@ def unreadable(name: str) -> DnsEvent:
     return DnsEvent(0, 2, len(wire), Outcome.UNREADABLE, Protocol.UDP, 0, ip_address(RESOLVER), wire)
 
 
+def nothing_to_tell() -> Snapshot:
+    raise NotImplementedError
+
+
 def test_owner_of_a_wildcard_has_the_daemon_ask_so_many_questions_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(enforcement, "UNREADABLE_AT_ONCE", 3)
+    monkeypatch.setattr(asking, "UNREADABLE_AT_ONCE", 3)
 
     async def flood() -> None:
         asked: list[str] = []
@@ -105,18 +109,21 @@ def test_owner_of_a_wildcard_has_the_daemon_ask_so_many_questions_at_once(monkey
             asked.append(name)
             await answer.wait()
 
-        made = daemon(_ask=ask, _asked=set())
+        beside = asking.Beside()
+        questions = asking.OwnQuestions(set, tuple, lambda _: None, Metrics(nothing_to_tell), beside)
+        monkeypatch.setattr(questions, "_ask", ask)
+        made = daemon(questions=questions)
         for number in range(5):
             made._ask_for_question(unreadable(f"n{number}.corp.example"))
             made._ask_for_question(unreadable(f"n{number}.evil.example"))
         await asyncio.sleep(0)
         assert asked == ["n0.corp.example", "n1.corp.example", "n2.corp.example"]
-        assert made._questions.turned_away == 2
+        assert questions.room == Room(3, 3, 2)
         answer.set()
-        await asyncio.gather(*made._asked)
-        assert made._asking == set()
+        await asyncio.gather(*beside.tasks)
+        assert questions.room == Room(3, 0, 2)
         made._ask_for_question(unreadable("n9.corp.example"))
-        await asyncio.gather(*made._asked)
+        await asyncio.gather(*beside.tasks)
         assert asked[-1] == "n9.corp.example"
 
     asyncio.run(flood())

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "enforcer"
 CORE = {
     *("kernel_abi", "toml_lines", "policy", "dns_answer", "learned", "ruleset", "advice", "topology", "attribution"),
     *("denial", "audit_record", "revocation", "nfnetlink", "ladder", "overhearing", "trusted_files", "catalogue"),
-    *("other_marks", "completion", "bounds"),
+    *("other_marks", "completion", "bounds", "redirects"),
 }
 SHELL = {
     *("bpf", "nft", "netlink", "procfs", "metrics", "control", "resolver", "state"),
@@ -26,6 +26,7 @@ TOP = {
     "daemon",
     "baseline",
     "enforcement",
+    "asking",
     "auditing",
     "drift",
     "faults",

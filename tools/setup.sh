@@ -38,6 +38,7 @@ test_packages=(
     clang-format
     cpio
     curl
+    dbus-daemon
     debootstrap
     dnsmasq-base
     docker-registry
@@ -51,6 +52,8 @@ test_packages=(
     passt
     podman
     prometheus
+    python3-dbus
+    python3-gi
     qemu-system-x86
     "rootlesskit|docker-ce-rootless-extras"
     ruby

@@ -36,9 +36,11 @@ _DEADLINE_SECONDS = 30 * PATIENCE
 _COUNTING = """
 table inet world {
     counter unlisted { }
+    counter begun { }
     chain came {
         type filter hook prerouting priority -300;
         iifname "cable" ip daddr 198.18.66.0/24 counter name unlisted;
+        iifname "cable" ip daddr 198.18.66.0/24 tcp flags & (syn | ack) == syn counter name begun;
     }
 }
 """
@@ -93,11 +95,11 @@ class World:
             self._server.kill()
             self._server.wait()
 
-    def unlisted(self) -> int:
-        """Packets to addresses that no policy lists, ever."""
+    def unlisted(self, counter: str = "unlisted") -> int:
+        """Packets to addresses that no policy lists, ever; or `begun`: those that begin a connection."""
         with inside(self.namespace):
             listed = subprocess.run(
-                ["nft", "list", "counters", "table", "inet", "world"], check=True, capture_output=True, text=True
+                ["nft", "list", "counter", "inet", "world", counter], check=True, capture_output=True, text=True
             ).stdout
         (packets,) = re.findall(r"packets (\d+)", listed)
         return int(packets)

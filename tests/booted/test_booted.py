@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from enforcer.audit_record import Drifted
 from enforcer.policy import read_policy
 from tests.booted.conftest import Booted
 from tests.booted.guest import BASELINE, UNIT, Guest, World, poll
@@ -69,13 +70,13 @@ def never_open(guest: Guest) -> None:
 
 
 @contextlib.contextmanager
-def nothing_gets_out(guest: Guest, world: World) -> Iterator[None]:
+def nothing_gets_out(guest: Guest, world: World, counter: str = "unlisted") -> Iterator[None]:
     """Not one packet of either prober, while both are trying; and that they are."""
     both_are(guest, "told")
-    before, tried = world.unlisted(), refused(guest)
+    before, tried = world.unlisted(counter), refused(guest)
     yield
     poll("more attempts", lambda: refused(guest) != tried)
-    assert world.unlisted() == before
+    assert world.unlisted(counter) == before
 
 
 def refused(guest: Guest) -> list[dict[str, Any]]:
@@ -95,6 +96,26 @@ def another_daemon(guest: Guest, pid: int) -> bool:
 def learned(guest: Guest) -> set[str]:
     done = guest.run("registry-enforcer", "status", "--json")
     return {entry["address"] for entry in json.loads(done.stdout)["learned"]} if done.returncode == 0 else set()
+
+
+def interfaces(guest: Guest) -> dict[str, tuple[str, bool]]:
+    """What status says of each: the program, and whether it is guarded."""
+    status = json.loads(guest.must("registry-enforcer", "status", "--json"))
+    return {entry["name"]: (entry["program"], entry["guarded"]) for entry in status["interfaces"]}
+
+
+def repairs(guest: Guest, what: Drifted) -> float:
+    """How often the daemon that runs has put that back."""
+    script = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9742/metrics').read().decode())"
+    scraped = guest.must("python3", "-c", script)
+    found = re.findall(rf'^enforcer_drift_repairs_total\{{what="{what.value}"\}} (\S+)$', scraped, re.MULTILINE)
+    return sum(map(float, found))
+
+
+def table(guest: Guest) -> set[str]:
+    """The parts of ours but for what changes by itself and for the baseline's note, which stays until a flush."""
+    listed = guest.run("nft", "--stateless", "--terse", "list", "table", "inet", "registry_enforcer").stdout
+    return {part.strip() for part in listed.split("\n\t}\n")} - {"chain unmarked {"}
 
 
 def write_policy(guest: Guest, text: str) -> None:
@@ -165,6 +186,71 @@ def test_daemon_has_the_powers_that_it_uses_and_no_others(guest: Guest) -> None:
     for unit in (UNIT, BASELINE):
         guest.must("systemd-analyze", "security", "--threshold=30", unit)
         assert guest.must("systemd-analyze", "verify", "--man=no", unit) == ""
+
+
+def test_daemon_guards_the_uplink_and_what_leaves_must_ask_for_an_allowed_host(guest: Guest, world: World) -> None:
+    assert interfaces(guest) == {"up0": ("learn", True), "lo": ("learn", False), "ct-port": ("gate", False)}
+    assert [name.split("#")[0] for name in filters(guest)] == ["learn", "guard", "track_query"]
+    assert try_once(guest, ALLOWED) == "OPEN"
+    for where in ("host", "container"):
+        assert try_once(guest, f"evil.test@{ALLOWED}", where=where) == "told"
+
+
+@pytest.mark.parametrize(
+    ("what", "command"),
+    [
+        (Drifted.TABLE, "nft flush ruleset"),
+        (Drifted.TABLE, "systemctl restart nftables.service"),
+        (Drifted.TABLE, "systemctl stop nftables.service"),
+        (Drifted.TRAFFIC_CONTROL, "tc qdisc del dev up0 clsact"),
+        (Drifted.CGROUP, "rm -r /sys/fs/bpf/registry-enforcer/links"),
+        (Drifted.PINS, "rm -r /sys/fs/bpf/registry-enforcer/generation-*/maps"),
+        (Drifted.PINS, "rm -r /sys/fs/bpf/registry-enforcer/*"),
+    ],
+)
+def test_drift_is_put_back_within_the_sandbox(guest: Guest, world: World, what: Drifted, command: str) -> None:
+    def pins() -> set[str]:
+        return set(guest.must("find", "/sys/fs/bpf/registry-enforcer").split())
+
+    whole = interfaces(guest), pins(), table(guest)
+    before, pid = repairs(guest, what), main_pid(guest)
+    # Whom the responder was telling no loses the translation with the table: his last packet goes where he meant to.
+    with nothing_gets_out(guest, world, "begun" if what is Drifted.TABLE else "unlisted"):
+        guest.must("sh", "-c", command)
+        poll(f"repair of {what.value}", lambda: repairs(guest, what) > before, seconds=2)
+        poll("everything as before", lambda: (interfaces(guest), pins(), table(guest)) == whole)
+    guest.must("systemctl", "start", "nftables.service")
+    assert main_pid(guest) == pid
+    assert try_once(guest, ALLOWED) == "OPEN"
+    assert try_once(guest, ALLOWED, where="container") == "OPEN"
+
+
+def test_directory_of_the_pins_is_made_again_by_a_restart(guest: Guest, world: World) -> None:
+    """Within the sandbox it was a mount of its own, and the rest of that file system cannot be written."""
+    with nothing_gets_out(guest, world):
+        guest.must("rm", "-r", "/sys/fs/bpf/registry-enforcer")
+        poll("what to do", lambda: "systemctl restart registry-enforcer" in guest.journal())
+        assert try_once(guest, ALLOWED, where="container") == "OPEN"
+        guest.must("systemctl", "restart", UNIT)
+        assert guest.run("ls", "/sys/fs/bpf/registry-enforcer/links").stdout.split()
+    assert try_once(guest, ALLOWED) == "OPEN"
+
+
+def test_guard_refuses_alone_when_the_daemon_is_stopped_and_the_table_flushed(guest: Guest, world: World) -> None:
+    """At shutdown, since nftables.service flushes every table when it stops."""
+    both_are(guest, "told")
+    before = world.unlisted("begun")
+    guest.must("systemctl", "stop", UNIT)
+    guest.must("systemctl", "stop", "nftables.service")
+    assert guest.must("nft", "list", "tables") == ""
+    both_are(guest, "refused")
+    for where in ("host", "container"):
+        assert try_once(guest, ALLOWED, where=where) == "OPEN"
+        assert try_once(guest, f"evil.test@{ALLOWED}", where=where) == "told"
+    guest.must("systemctl", "start", "nftables.service")
+    guest.must("systemctl", "start", UNIT)
+    both_are(guest, "told")
+    assert world.unlisted("begun") == before
 
 
 def test_audit_names_processes_of_others_and_containers_under_the_unit(guest: Guest) -> None:
@@ -294,13 +380,13 @@ def filters(guest: Guest) -> list[str]:
 def test_upgrade_has_no_gap_and_keeps_the_policy(booted: Booted, guest: Guest, world: World) -> None:
     both_are(guest, "told")
     before, generations = filters(guest), guest.must("ls", "/sys/fs/bpf/registry-enforcer")
-    assert [name.split("#")[0] for name in before] == ["learn", "track_query"]
+    assert [name.split("#")[0] for name in before] == ["learn", "guard", "track_query"]
     with nothing_gets_out(guest, world):
         pid = main_pid(guest)
         guest.must("dpkg", "-i", booted.second)
         assert another_daemon(guest, pid)
     after = filters(guest)
-    assert [name.split("#")[0] for name in after] == ["learn", "track_query"]
+    assert [name.split("#")[0] for name in after] == ["learn", "guard", "track_query"]
     assert not set(after) & set(before)  # another build's, in the place of the old ones
     assert guest.must("ls", "/sys/fs/bpf/registry-enforcer") != generations
     assert (guest.root / POLICY.lstrip("/")).read_text() == TEXT

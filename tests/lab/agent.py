@@ -43,12 +43,11 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
     """One TCP connection of a socket that sets its own mark first, and a request to see who is at its other end.
 
     The request is for `host`; None: for a registry that the lab's policy allows on this port.
-    Reply: verdict (reached, refused, timed out, error), seconds, address, message, the socket's mark then, and whether
-    somebody answered: "reached" may mean that nobody has yet.
+    Reply: verdict (reached, refused, timed out, error), seconds, address, message, and the socket's mark then.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     started = time.monotonic()
-    verdict, message, seconds, answer = "reached", "", 0.0, b""
+    verdict, message, seconds = "reached", "", 0.0
     with socket.socket(family, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
         try:
@@ -70,8 +69,7 @@ def attempt(address: str, port: int, timeout: float, mark: int = 0, host: str | 
             message = error.strerror or str(error)
         seconds = seconds or time.monotonic() - started
         mark = connection.getsockopt(socket.SOL_SOCKET, socket.SO_MARK)
-    return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark,
-            "answered": bool(answer)}  # fmt: skip
+    return {"verdict": verdict, "seconds": seconds, "address": address, "message": message, "mark": mark}
 
 
 def _reply_to(connection: socket.socket, host: str | None) -> bytes:
@@ -374,8 +372,7 @@ class _Prober:
         while not self.stopping.wait(self.pause):
             reply = attempt(*self.target)
             # Who is told no loses the responder when the rules that led there go; that is not to have got out.
-            told_nothing = reply["verdict"] == "reached" and not reply["answered"]
-            told_nothing |= reply["message"] == os.strerror(errno.EPIPE)
+            told_nothing = reply["message"] in (_UNANSWERED, os.strerror(errno.EPIPE))
             verdict = "unanswered" if told_nothing else reply["verdict"]
             self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
             self.slowest = max(self.slowest, reply["seconds"])

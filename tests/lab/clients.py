@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,14 +35,18 @@ class Clients:
         storage = lab.directory / "podman"
         self._podman = ["podman", "--root", f"{storage}/root", "--runroot", f"{storage}/run", "--cgroup-manager",
                         "cgroupfs", "--storage-driver", "vfs", "--events-backend", "none"]  # fmt: skip
-        self._start_docker()
+        self._configure_docker()
+        self._dockerd = self._start_docker()
         self._docker_do("load", "--input", str(internet.image))
 
-    def _start_docker(self) -> None:
-        lab, directory = self._lab, self._lab.directory
+    def _configure_docker(self) -> None:
+        directory = self._lab.directory
         (directory / "home" / "docker").mkdir()
         (directory / "home" / "docker" / "config.json").write_text("{}")
         (directory / "daemon.json").write_text("{}")
+
+    def _start_docker(self) -> subprocess.Popen[bytes]:
+        lab, directory = self._lab, self._lab.directory
         command = ["dockerd", "--config-file", f"{directory}/daemon.json", "--host", f"unix://{self._socket}",
                    "--data-root", f"{directory}/docker", "--exec-root", f"{directory}/docker-exec",
                    "--pidfile", f"{directory}/docker.pid", "--userland-proxy=false",
@@ -54,6 +59,19 @@ class Clients:
         poll("dockerd", lambda: accepts(self._socket, 0) or daemon.poll() is not None)
         if daemon.poll() is not None:
             raise RuntimeError(f"dockerd ended: {lab.log('dockerd')[-2000:]}")
+        return daemon
+
+    def restart_docker(self) -> None:
+        """As `systemctl restart docker`."""
+        self._dockerd.terminate()
+        self._dockerd.wait(20)
+        self._dockerd = self._start_docker()
+        self._docker_do("info")  # answered when its networks and rules are there
+
+    @property
+    def podman(self) -> list[str]:
+        """What runs podman, with storage of its own."""
+        return self._podman
 
     def _try(self, argv: Sequence[str], timeout: float = CLIENT_DEADLINE) -> Outcome:
         started = time.monotonic()
@@ -88,9 +106,13 @@ class Clients:
 
         Over plain HTTP, which TLS servers answer with 400.
         """
+        return self.request([*self._docker, "run", "--rm", "--network", network, CLIENT_IMAGE], name, port)
+
+    def request(self, inside: Sequence[str], name: str, port: int) -> Outcome:
+        """The same by busybox, which the command `inside` runs somewhere."""
         # nc closes at once where its input ends, and the answer is lost.
         request = f"(printf 'GET / HTTP/1.0\\r\\nHost: {name}\\r\\n\\r\\n'; sleep 0.2) | nc -w 10 {name} {port}"
-        outcome = self.run_in_container(network, ["sh", "-c", request])
+        outcome = self._try([*inside, "sh", "-c", request])
         return replace(outcome, verdict="refused") if _REFUSALS.search(outcome.message) else outcome
 
     def run_in_container(self, network: str, argv: Sequence[str]) -> Outcome:

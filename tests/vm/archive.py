@@ -85,6 +85,45 @@ def fetch(kernel: Kernel) -> Fetched:
     return Fetched(release, tuple(paths), _key(names), note)
 
 
+def unpacked(suite: str, *packages: str) -> Path:
+    """What these packages of Debian hold, one tree of all. Nothing is installed, so nothing of it starts on this host.
+
+    Their versions are in the file `versions` there. What they depend on is not. Raises FetchError.
+    """
+    key = hashlib.sha256(repr((suite, packages)).encode()).hexdigest()[:16]
+    path = CACHE.parent / "unpacked" / key
+    with made_once(path) as place, contextlib.ExitStack() as stack:
+        if place is None:
+            return path
+        place.mkdir()
+        (place / "usr").mkdir()
+        for name in ("bin", "lib", "sbin"):  # packages of before the merge of /usr
+            (place / "usr" / name).mkdir()
+            (place / name).symlink_to(f"usr/{name}")
+        apt = stack.enter_context(_private_apt(suite))
+        for package in packages:
+            downloaded = place / "downloaded.deb"
+            apt.download(package, downloaded)
+            _unpack(downloaded, place)
+            shown = subprocess.run(["dpkg-deb", "--show", downloaded], check=True, capture_output=True, text=True)
+            with (place / "versions").open("a") as versions:
+                versions.write(shown.stdout)
+            downloaded.unlink()
+        subprocess.run(["/usr/bin/python3", "-m", "compileall", "-q", place / "usr/lib"], check=True)
+    return path
+
+
+def _unpack(package: Path, place: Path) -> None:
+    # tar, unlike dpkg-deb --extract, follows the links that are there.
+    members = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE)
+    with members:
+        subprocess.run(
+            ["tar", "--extract", "--keep-directory-symlink", "--directory", place], stdin=members.stdout, check=True
+        )
+    if members.returncode != 0:
+        raise FetchError(f"{package.name} cannot be unpacked")
+
+
 def _names(kernel: Kernel, release: str, version: str) -> dict[str, str]:
     """File name -> SHA-256."""
     return {f"{stem}-{release}_{version}_amd64.deb": digest for stem, digest in kernel.packages.items()}
