@@ -362,11 +362,12 @@ def _observed_in_output(mode: Mode, capabilities: Capabilities) -> Iterator[str]
 
 def _never_judged(capabilities: Capabilities) -> Iterator[str]:
     if Feature.CT in capabilities.features:
-        began = "ct state established"
+        began = f"{_NO_SYN} ct state established"
         yield "# Answers to inbound connections."
         yield "ct direction reply accept"
-        yield "# Was permitted when it began, and nobody took that back. Not for UDP, which has no end: as long as"
-        yield "# packets come, it would outlive every permission."
+        yield "# Was permitted when it began, and nobody took that back. A SYN begins another one, whatever conntrack"
+        yield "# remembers of its ports. Not for UDP, which has no end: as long as packets come, it would outlive every"
+        yield "# permission."
     else:
         began = _NO_SYN
         yield "# Only the packet that begins a connection is judged, and every one to where permission was taken back."
