@@ -82,8 +82,9 @@ def examine(bpffs: Path, cgroup: Path | None, marks: Marks) -> list[Finding]:
     try:
         with nft.Nft() as firewall:
             features = firewall.probe()
-            present = Feature.BASE in features and firewall.present()
-            listing = firewall.listing()
+            asked = Feature.BASE in features  # else there is nothing to list either
+            present = asked and firewall.present()
+            listing = firewall.listing() if asked else ""
             if present and (in_force := firewall.marks()) is not None:
                 marks = in_force
     except (ImportError, OSError, nft.NftError) as error:
