@@ -50,6 +50,10 @@ def test_who_waits_for_a_place_is_counted_once() -> None:
     assert room.turned_away == 4
 
 
+def nothing_to_tell() -> Snapshot:
+    raise NotImplementedError
+
+
 def daemon(**more: Any) -> Enforcement:
     """As much of one as these need: no kernel, and a policy with a wildcard."""
     made = Enforcement.__new__(Enforcement)
@@ -88,14 +92,22 @@ def test_cgroups_beyond_the_kernels_map_wait_and_end_nothing() -> None:
     assert made._in_bpf[Bounded.CGROUPS] == Room(3, 1, 3)
 
 
+def test_no_more_resolvers_are_trusted_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = tuple(ip_address("192.0.2.0") + number for number in range(5))
+    monkeypatch.setattr("enforcer.procfs.trusted_resolvers", lambda: named)
+    questions = asking.OwnQuestions(set, tuple, lambda _: None, Metrics(nothing_to_tell), asking.Beside())
+    made = daemon(resolvers=(), plan=None, _retired={}, _retire=lambda _: None, questions=questions)
+    made._in_bpf[Bounded.RESOLVERS] = Room(3)
+    made.follow_resolvers()
+    assert made.resolvers == named[:3]
+    assert made._in_bpf[Bounded.RESOLVERS].turned_away == 2
+    assert questions.again.is_set()
+
+
 def unreadable(name: str) -> DnsEvent:
     wire = bytes(4) + b"\0\1" + bytes(6)
     wire += b"".join(bytes([len(label)]) + label.encode() for label in name.split(".")) + b"\0\0\1\0\1"
     return DnsEvent(0, 2, len(wire), Outcome.UNREADABLE, Protocol.UDP, 0, ip_address(RESOLVER), wire)
-
-
-def nothing_to_tell() -> Snapshot:
-    raise NotImplementedError
 
 
 def test_owner_of_a_wildcard_has_the_daemon_ask_so_many_questions_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
