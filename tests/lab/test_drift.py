@@ -65,10 +65,11 @@ def world(enforcer: Enforcer, lab: Lab) -> Iterator[Enforcer]:
     for prober in probers:
         prober.call("probe_start", key="p", address=EVIL_ADDRESS, port=443)
     yield enforcer
-    for prober in probers:
-        verdicts = prober.call("probe_stop", key="p")["verdicts"]
-        assert verdicts.pop("refused") > 5 * verdicts.pop("unanswered", 0)
-        assert verdicts == {}
+    stopped = [prober.call("probe_stop", key="p")["verdicts"] for prober in probers]  # whatever they have met
+    for verdicts in stopped:
+        assert "refused" in verdicts
+        # Who was being told no as the rules went hears nothing, for as long as he waits: that is not to have got out.
+        assert verdicts.keys() <= {"refused", "unanswered"}
 
 
 def repairs(enforcer: Enforcer, what: Drifted) -> float:
