@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from enforcer.auditing import CONNECT_SECONDS
 from tests.lab.clients import Clients
 from tests.lab.enforcer import Enforcer, policy, registry
 from tests.lab.internet import REPOSITORY, image_archive
@@ -188,6 +189,7 @@ def fresh_enforcer(any_enforcer: Enforcer) -> Enforcer:
     """With an empty audit log: nothing is folded into what an earlier test has done."""
     if any_enforcer.running:
         any_enforcer.stop()
+    time.sleep(CONNECT_SECONDS)  # nor taken for one of two processes of one user that connect at the same time
     any_enforcer.start(policy())
     return any_enforcer
 
