@@ -25,6 +25,7 @@ from tests.lab.lab import Agent, Lab, Outcome, poll
 
 SOON_SECONDS = 5.0  # within which everything allowed is reached again
 CONNECT_SECONDS = 3.0
+ATTEMPT_SECONDS = 0.1
 _IN_FORCE = "is in force, mode"
 _OUTSIDE = """
 table inet outside {
@@ -139,6 +140,7 @@ class World:
         try:
             yield probes
         finally:
+            time.sleep(ATTEMPT_SECONDS)  # what is over at once is tried, too
             for prober in self._probers:
                 stopped = prober.call("probe_stop", key="p")
                 for verdict, count in stopped["verdicts"].items():
