@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from ipaddress import ip_address
@@ -64,7 +65,11 @@ def tcp_connections() -> set[tuple[tuple[Address, int], tuple[Address, int]]]:
 
 
 def original_source(source: tuple[Address, int], destination: tuple[Address, int]) -> tuple[Address, int] | None:
-    """Where a TCP connection, as it leaves this host, really comes from; None if the kernel does not know it."""
+    """Where a TCP connection, as it arrives at its destination, comes from; None if the kernel does not know it.
+
+    Its port is another than its client's where two connections would else be the same after translation. OSError if the
+    kernel does not tell. Some microseconds.
+    """
     version = destination[0].version
     kinds = (_IPV4_SOURCE, _IPV4_DESTINATION) if version == 4 else (_IPV6_SOURCE, _IPV6_DESTINATION)
     addresses = attribute(kinds[0], destination[0].packed) + attribute(kinds[1], source[0].packed)
@@ -80,6 +85,8 @@ def original_source(source: tuple[Address, int], destination: tuple[Address, int
         kernel.send(request(_GET, 0, attribute(_NESTED | _TUPLE_REPLY, reply), family=family))
         for kind, _, body in messages(kernel.recv(_RECEIVE_BYTES)):
             if kind in (ERROR, DONE):
+                if (code := error_number(body)) not in (0, errno.ENOENT):
+                    raise OSError(code, os.strerror(code))
                 return None
             original = attributes(message_attributes(body).get(_TUPLE_ORIGINAL, b""))
             found = attributes(original.get(_TUPLE_IP, b""))

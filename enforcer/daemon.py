@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from enforcer import (
     bpf,
+    conntrack,
     control,
     kernel_abi,
     ladder,
@@ -107,7 +108,9 @@ async def run(options: Options, read_policy: ReadPolicy, announce: Announce, wra
         )
         surviving = enforcement.surviving
         if capabilities.answers:
-            answering = responder.Responder(lambda: (enforcement.policy, enforcement.index), enforcement.refused)
+            answering = responder.Responder(
+                lambda: (enforcement.policy, enforcement.index), enforcement.refused, conntrack.original_source
+            )
             answering.contexts = None if authority is None else authority.context
             try:
                 enforcement.answer_refused(stack.enter_context(answering))

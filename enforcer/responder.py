@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import secrets
 import socket
 import ssl
@@ -62,7 +63,12 @@ _SOCKADDR_IN6 = struct.Struct("!2xH4x16s4x")
 _REFERENCE_LETTERS = "23456789ABCDEFGHJKMNPQRSTVWXYZ"
 _REFERENCE_LENGTH = 8
 
+log = logging.getLogger(__name__)
+
 Report = Callable[[Refusal], None]
+# Of a connection as it arrives here, from its source to the listener, where it comes from; None if that is not known,
+# OSError if it never will be.
+OriginalSource = Callable[[Endpoint, Endpoint], Endpoint | None]
 # The context for a server name, or an address where the client gave none; None where no certificate can be had.
 Contexts = Callable[[str], Awaitable[ssl.SSLContext | None]]
 
@@ -70,10 +76,13 @@ Contexts = Callable[[str], Awaitable[ssl.SSLContext | None]]
 class Responder:
     """The listener of one network namespace, while it is entered; on one event loop."""
 
-    def __init__(self, policy: Callable[[], tuple[Policy, NameIndex]], report: Report) -> None:
+    def __init__(
+        self, policy: Callable[[], tuple[Policy, NameIndex]], report: Report, original_source: OriginalSource
+    ) -> None:
         self.contexts: Contexts | None = None  # None: TLS clients get an alert
         self._policy = policy
         self._report = report
+        self._ask_source: OriginalSource | None = original_source
         self._clients: dict[_Client, None] = {}  # undecided ones and those that read their answer, the oldest first
         self._crowds: dict[Address, dict[_Client, None]] = {}  # the same by address
         self._tasks: set[asyncio.Task[None]] = set()
@@ -128,7 +137,7 @@ class Responder:
                 continue
             connection.setblocking(False)
             try:
-                source, destination, scope = _endpoints(connection)
+                source, destination, scope = _endpoints(connection, self._original_source)
             except OSError:  # not redirected, or gone again
                 connection.close()
                 continue
@@ -141,6 +150,19 @@ class Responder:
     def _listen_again(self, listener: socket.socket) -> None:
         del self._resume[listener]
         self._loop.add_reader(listener, self._accept, listener)
+
+    def _original_source(self, source: Endpoint, here: Endpoint) -> Endpoint:
+        """The port by which the kernel's report and the connect hooks know the client, which may have been translated.
+
+        Of two connections from one port to different destinations, both redirected here, the second gets another.
+        """
+        if self._ask_source is not None:
+            try:
+                return self._ask_source(source, here) or source
+            except OSError as error:
+                self._ask_source = None  # each time that it is asked in vain the kernel looks for a module
+                log.warning("some records will name no client: the kernel does not tell what it tracks: %s", error)
+        return source
 
     def _make_room(self) -> None:
         largest: dict[_Client, None] = max(self._crowds.values(), key=len)
@@ -389,10 +411,12 @@ def _listen() -> Sequence[socket.socket]:
     raise OSError(errno.EADDRINUSE, f"ports {PORTS.start} to {PORTS.stop - 1} are all in use")
 
 
-def _endpoints(connection: socket.socket) -> tuple[Endpoint, Endpoint, CountedScope | None]:
+def _endpoints(
+    connection: socket.socket, original_source: Callable[[Endpoint, Endpoint], Endpoint]
+) -> tuple[Endpoint, Endpoint, CountedScope | None]:
     """(source, what it meant to reach, scope); OSError if it was not redirected here."""
-    source = connection.getpeername()
-    here = connection.getsockname()
+    source = _endpoint(connection.getpeername())
+    here = _endpoint(connection.getsockname())
     if connection.family == socket.AF_INET6:
         wire = connection.getsockopt(socket.IPPROTO_IPV6, _IP6T_SO_ORIGINAL_DST, _SOCKADDR_IN6.size)
         port, packed = _SOCKADDR_IN6.unpack(wire)
@@ -400,9 +424,13 @@ def _endpoints(connection: socket.socket) -> tuple[Endpoint, Endpoint, CountedSc
         wire = connection.getsockopt(socket.IPPROTO_IP, _SO_ORIGINAL_DST, _SOCKADDR_IN.size)
         port, packed = _SOCKADDR_IN.unpack(wire)
     destination = ip_address(packed), port
-    own = ip_address(here[0].partition("%")[0])
-    if destination == (own, here[1]):
+    if destination == here:
         raise ConnectionRefusedError
     # A forwarded one is redirected to the interface by which it came, a local one to the loopback address.
-    scope = None if own.is_loopback else CountedScope.CONTAINER
-    return (ip_address(source[0].partition("%")[0]), source[1]), destination, scope
+    scope = None if here[0].is_loopback else CountedScope.CONTAINER
+    return original_source(source, here), destination, scope
+
+
+def _endpoint(name: tuple[str, int]) -> Endpoint:
+    """Of a socket's name, which has more to say about IPv6."""
+    return ip_address(name[0].partition("%")[0]), name[1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import resource
 import socket
@@ -68,9 +69,14 @@ class Answering:
     def __init__(self, namespace: int) -> None:
         self._namespace = namespace
         self.refusals: list[Refusal] = []
+        self.asked = 0
         with inside(namespace):
-            self.responder = Responder(lambda: (POLICY, NameIndex(POLICY)), self.refusals.append)
+            self.responder = Responder(lambda: (POLICY, NameIndex(POLICY)), self.refusals.append, self._original_source)
             self.responder.__enter__()
+
+    def _original_source(self, *_: object) -> None:
+        self.asked += 1
+        raise OSError(errno.EOPNOTSUPP, "no such module")
 
     def close(self) -> None:
         self.responder.__exit__(None, None, None)
@@ -156,6 +162,18 @@ def test_client_gets_its_own_protocols_answer_and_is_reported(
         assert answering.told() == {Answered.TLS_ALERT: 1, Answered.HTTP: 1}
         assert tls.reference != http.reference
         await until(lambda: len(answering.responder) == 0)
+
+    answering(scenario)
+
+
+def test_clients_are_answered_where_the_kernel_does_not_tell_their_ports(
+    answering: Callable[[Scenario], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(answering: Answering) -> None:
+        for _ in range(3):
+            assert await answering.ask(HELLO) == TLS_ALERT
+        assert answering.asked == 1
+        assert caplog.text.count("does not tell what it tracks: [Errno 95] no such module") == 1
 
     answering(scenario)
 

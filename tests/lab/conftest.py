@@ -68,6 +68,17 @@ def enforcer(any_enforcer: Enforcer) -> Enforcer:
     return any_enforcer
 
 
+@pytest.fixture(scope="module")
+def host_as_before(built: tuple[Lab, Clients | None], any_enforcer: Enforcer) -> Iterator[None]:
+    """Who flushes the ruleset takes docker's rules along, and whatever comes next may count on no enforcer."""
+    yield
+    if any_enforcer.running:
+        any_enforcer.stop()
+    any_enforcer.remove()
+    if (clients := built[1]) is not None:
+        clients.restart_docker()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """What the daemon said, beside the test that failed."""

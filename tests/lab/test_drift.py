@@ -14,13 +14,17 @@ import pytest
 from enforcer.audit_record import Drifted
 from enforcer.ruleset import TABLE
 from tests.lab.bench import FreshNames
-from tests.lab.clients import Clients
 from tests.lab.enforcer import Enforcer
 from tests.lab.internet import ALLOWED_ADDRESS, EVIL_ADDRESS
 from tests.lab.lab import Lab, poll
 from tests.lab.test_end_to_end import assert_reached, assert_refused, connected_at_once
 
-pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.timeout(180)]
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.lab,
+    pytest.mark.timeout(180),
+    pytest.mark.usefixtures("host_as_before"),
+]
 
 SEEN_SECONDS = 2.0
 _OURS = f"inet {TABLE}"
@@ -44,17 +48,6 @@ FLUSH_CONNTRACK = (
     "s.send(n.request(1 << 8 | 2, n.ACK)); (code, *_), = [n.error_number(b) for _, _, b in n.messages(s.recv(4096))],;"
     "raise SystemExit(code)"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _the_host_is_as_before(built: tuple[Lab, Clients | None], any_enforcer: Enforcer) -> Iterator[None]:
-    """Who flushes the ruleset takes docker's rules along, and whatever comes next may count on no enforcer."""
-    yield
-    if any_enforcer.running:
-        any_enforcer.stop()
-    any_enforcer.remove()
-    if (clients := built[1]) is not None:
-        clients.restart_docker()
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ def test_reload_that_the_kernel_refuses_leaves_the_old_policy_whole(
     assert_reached(lab.ct.connect("evil.test"))
 
 
+@pytest.mark.usefixtures("host_as_before")
 def test_table_that_cannot_be_put_back_ends_nothing_and_is_put_back_when_it_can(
     sabotaged: tuple[Enforcer, Path], lab: Lab
 ) -> None:

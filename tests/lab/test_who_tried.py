@@ -27,6 +27,21 @@ s.connect_ex((sys.argv[2], int(sys.argv[3])))
 """
 
 
+FROM_ONE_PORT = """
+import socket, sys
+name, port, *addresses = sys.argv[1:]
+for address in addresses:
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    s.bind(("", int(port)))
+    s.settimeout(5)
+    s.connect((address, 5000))
+    s.sendall(f"GET /v2/ HTTP/1.1\\r\\nHost: {name}\\r\\n\\r\\n".encode())
+    print(s.recv(9999).decode())
+    s.close()
+"""
+
+
 class Audit:
     """What the audit log says from now on."""
 
@@ -104,7 +119,8 @@ def test_docker_container_is_named_with_its_image(audit: Audit, clients: Clients
     network, name = container
     # It lives for a moment after its refusal: on a hybrid hierarchy only /proc knows its container.
     attempt = ["sh", "-c", "wget -O - http://evil.test:5000/v2/; sleep 1"]
-    clients._lab.run("host", [*clients._docker, "exec", name, *attempt])
+    done = clients._lab.run("host", [*clients._docker, "exec", name, *attempt])
+    assert "Lab does not allow evil.test" in done.stdout
     record = audit.first(refused)
     assert (record["scope"], record["origin"]) == ("container", "container")
     assert (record["container"]["name"], record["container"]["image"]) == (name, CLIENT_IMAGE)
@@ -145,6 +161,18 @@ def test_client_that_ends_at_once_is_named_all_the_same(audit: Audit, lab: Lab) 
     record = audit.first(refused)
     assert (record["process"]["comm"], record["process"]["uid"]) == ("skopeo", 0)
     assert record["process"]["pid"] > 0
+
+
+def test_second_connection_from_one_port_is_the_clients_too(audit: Audit, lab: Lab, enforcer: Enforcer) -> None:
+    """Redirected to one place they would be the same connection, so the kernel gives one of them another port."""
+    enforcer.ensure(policy(host="strict"))
+    addresses, port = (EVIL_ADDRESS, "198.18.66.67"), 23_456
+    done = lab.run("host", ["/usr/bin/python3", "-I", "-c", FROM_ONE_PORT, "evil.test", str(port), *addresses])
+    assert done.stdout.count("HTTP/1.1 401 Lab does not allow evil.test") == len(addresses)
+    for address in addresses:
+        record = audit.first(lambda record: refused(record) and record["destination"]["address"] == address)  # noqa: B023
+        assert record["source"] == {"address": HOST_ADDRESS, "port": port}
+        assert (record["scope"], record["name"], record["answered"]) == ("host", "evil.test", "http")
 
 
 def test_comm_with_control_characters_forges_no_line(audit: Audit, lab: Lab, enforcer: Enforcer) -> None:
