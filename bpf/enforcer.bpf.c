@@ -43,6 +43,9 @@ INLINE __u8 *find_listed(struct listed_key *key) { return listed.lookup(key); }
 INLINE __u64 *find_refusals(__u32 *key) { return refusals.lookup(key); }
 INLINE struct flow *find_flow(struct flow_key *key) { return flows.lookup(key); }
 INLINE int remember_flow(struct flow_key *key, struct flow *value) { return flows.update(key, value); }
+INLINE void forget_flow(struct flow_key *key) { flows.delete(key); }
+INLINE __u64 *find_stray(struct flow_key *key) { return strays.lookup(key); }
+INLINE int remember_stray(struct flow_key *key, __u64 *value) { return strays.update(key, value); }
 INLINE struct hello *find_hello(struct flow_key *key) { return hellos.lookup(key); }
 INLINE int remember_hello(struct flow_key *key, struct hello *value) { return hellos.update(key, value); }
 INLINE struct uplink *find_uplink(__u32 *key) { return uplinks.lookup(key); }
@@ -79,6 +82,9 @@ INLINE __u8 *find_listed(struct listed_key *key) { return bpf_map_lookup_elem(&l
 INLINE __u64 *find_refusals(__u32 *key) { return bpf_map_lookup_elem(&refusals, key); }
 INLINE struct flow *find_flow(struct flow_key *key) { return bpf_map_lookup_elem(&flows, key); }
 INLINE int remember_flow(struct flow_key *key, struct flow *value) { return bpf_map_update_elem(&flows, key, value, BPF_ANY); }
+INLINE void forget_flow(struct flow_key *key) { bpf_map_delete_elem(&flows, key); }
+INLINE __u64 *find_stray(struct flow_key *key) { return bpf_map_lookup_elem(&strays, key); }
+INLINE int remember_stray(struct flow_key *key, __u64 *value) { return bpf_map_update_elem(&strays, key, value, BPF_ANY); }
 INLINE struct hello *find_hello(struct flow_key *key) { return bpf_map_lookup_elem(&hellos, key); }
 INLINE int remember_hello(struct flow_key *key, struct hello *value) { return bpf_map_update_elem(&hellos, key, value, BPF_ANY); }
 INLINE struct uplink *find_uplink(__u32 *key) { return bpf_map_lookup_elem(&uplinks, key); }

@@ -12,6 +12,10 @@
  * read, or names nothing, is refused; undecided segments pass, because nothing is served before the name is whole.
  *
  * Sequence numbers keep the reader in order: what comes too early is dropped and sent again, what was read is let pass.
+ *
+ * A connection whose beginning was not seen here and that nothing permits is a stray. One of them is a client who is
+ * being refused while somebody flushes the nftables table, and with it the translation to the responder: held up, it
+ * finds its way back. What stays astray is ended.
  */
 #ifndef REGISTRY_ENFORCER_GUARD_H
 #define REGISTRY_ENFORCER_GUARD_H
@@ -312,12 +316,12 @@ INLINE void set_flow_key(struct scratch *s)
 	s->flow_key.destination_port = s->packet.destination_port;
 }
 
-/* Begins to read a connection whose next byte has this number; 0 if there is no memory for it. */
-INLINE int begin_flow(struct scratch *s, __u32 mode, __u32 next)
+/* Begins to read a connection whose next byte has this number, or lets it be; 0 if there is no memory for it. */
+INLINE int begin_flow(struct scratch *s, __u32 mode, __u32 state, __u32 next)
 {
 	s->flow.pattern_id = 0;
 	s->flow.next = next;
-	s->flow.state = FLOW_BEGUN;
+	s->flow.state = state;
 	s->flow.mode = mode;
 	s->flow.port = s->packet.destination_port;
 	s->flow.head_bytes = 0;
@@ -332,6 +336,8 @@ INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *
 	__u64 now = now_ns(), mode = GUARD_NAME, permitted = 0;
 	__u8 *listed;
 
+	if (s->packet.protocol == IPPROTO_TCP)
+		forget_flow(&s->flow_key); /* of an earlier connection from the same port */
 	set_listed_key(s);
 	listed = find_listed(&s->listed_key);
 	if (listed && *listed != LISTED_PROXY)
@@ -342,7 +348,8 @@ INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *
 			mode = GUARD_PROXY;
 			permitted = 1;
 		} else if (learned && learned->expires_at > now) {
-			if (learned->unnamed_until > now)
+			if (learned->unnamed_until > now &&
+			    (s->level < JUDGED_REGISTRY || begin_flow(s, mode, FLOW_ALLOWED, 0)))
 				return TC_ACT_UNSPEC;
 			if (learned->proxy_until > now)
 				mode = GUARD_PROXY;
@@ -355,7 +362,7 @@ INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *
 				return TC_ACT_UNSPEC;
 			if (s->payload_bytes)
 				return TC_ACT_SHOT; /* sent again without, if the kernel sends it */
-			if (begin_flow(s, mode, s->sequence + 1))
+			if (begin_flow(s, mode, FLOW_BEGUN, s->sequence + 1))
 				return TC_ACT_UNSPEC;
 		}
 	}
@@ -439,6 +446,43 @@ INLINE const __u8 *read_on(struct __sk_buff *skb, struct scratch *s)
 	return hello->name;
 }
 
+/* Whether a segment of a connection that is not known may be one that must not leave: to a registry's port, and not
+ * found to be nobody's to judge. */
+INLINE int may_stray(struct scratch *s)
+{
+	__u64 port = s->packet.destination_port, *since;
+
+	if (!find_registry_port(KEY_32(&port)))
+		return 0;
+	since = find_stray(&s->flow_key);
+	s->held_since = since ? *since : 1;
+	FORGET();
+	return s->held_since != 0;
+}
+
+INLINE void let_be(struct scratch *s)
+{
+	s->held_since = 0;
+	FORGET();
+	remember_stray(&s->flow_key, &s->held_since);
+}
+
+/* Whether such a connection has been held up for so long that it is to be ended, with this segment. */
+INLINE int is_astray(struct scratch *s)
+{
+	__u64 now = now_ns();
+
+	if (s->held_since == 1) {
+		s->held_since = now;
+		FORGET();
+		remember_stray(&s->flow_key, &s->held_since);
+	} else if (s->payload_bytes && now - s->held_since > STRAY_SECONDS * 1000000000ULL) {
+		return 1;
+	}
+	guard_count(s, GUARD_HELD_UP);
+	return 0;
+}
+
 /* What follows the SYN. */
 INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
@@ -446,6 +490,7 @@ INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settin
 	struct learned_value *learned;
 	const __u8 *name = s->name;
 	__u32 expected, answer = ANSWER_HTTP;
+	int stray, like_one;
 	__s32 ahead;
 	__u64 first = 0;
 	__u8 *listed;
@@ -453,7 +498,8 @@ INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settin
 	s->position = s->transport + s->header_bytes;
 	s->payload_left = s->payload_bytes;
 	if (!flow) {
-		if (!s->payload_bytes)
+		stray = may_stray(s);
+		if (!s->payload_bytes && !stray)
 			return TC_ACT_UNSPEC;
 		set_listed_key(s);
 		listed = find_listed(&s->listed_key);
@@ -464,15 +510,26 @@ INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settin
 		if (learned && learned->unnamed_until > now_ns())
 			return TC_ACT_UNSPEC;
 		FORGET();
-		if (!s->permitted && (!settings->recognising || !looks_like_one(skb, s)))
+		if (s->permitted)
+			stray = 0;
+		if (!s->payload_bytes && !stray)
+			return TC_ACT_UNSPEC;
+		like_one = s->permitted || (settings->recognising && s->payload_bytes && looks_like_one(skb, s));
+		if (!stray && !like_one)
 			return TC_ACT_UNSPEC;
 		find_scope(skb, s, settings);
-		s->unknown = s->permitted && (listed ? s->level >= JUDGED_REGISTRY : is_judged(s));
+		if (stray)
+			stray = s->level >= JUDGED_REGISTRY && !settings->observing;
+		if (stray && !is_astray(s))
+			return TC_ACT_SHOT;
+		if (!stray && !s->permitted)
+			let_be(s);
+		s->unknown = stray || (s->permitted && (listed ? s->level >= JUDGED_REGISTRY : is_judged(s)));
 		/* What nothing permits has been looked at already. */
-		if (!s->unknown && (s->level != JUDGED_RECOGNISED || !settings->recognising ||
+		if (!s->unknown && (!like_one || s->level != JUDGED_RECOGNISED || !settings->recognising ||
 				    (s->permitted && !looks_like_one(skb, s))))
 			return TC_ACT_UNSPEC;
-		begin_flow(s, s->unknown ? GUARD_NAME : GUARD_RECOGNISE, s->sequence);
+		begin_flow(s, s->unknown ? GUARD_NAME : GUARD_RECOGNISE, FLOW_BEGUN, s->sequence);
 	} else {
 		s->flow = *flow;
 		s->unknown = 0;
@@ -572,8 +629,13 @@ INLINE int guard_packet(struct __sk_buff *skb, struct scratch *s, struct setting
 	FORGET();
 	if (is_first(&s->packet))
 		return guard_new(skb, s, settings);
-	if (s->packet.transport[TCP_FLAGS_OFFSET] & (TCP_SYN | TCP_RST))
+	if (s->packet.transport[TCP_FLAGS_OFFSET] & (TCP_SYN | TCP_RST)) {
+		/* The answer to an inbound connection. Who forges one has what follows it let by where nothing is
+		 * permitted and nobody has begun a connection. */
+		if (s->packet.transport[TCP_FLAGS_OFFSET] & TCP_SYN && may_stray(s))
+			let_be(s);
 		return TC_ACT_UNSPEC;
+	}
 	return guard_segment(skb, s, settings);
 }
 

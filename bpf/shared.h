@@ -18,6 +18,8 @@
 #define MAX_CONNECTS 8192
 #define MAX_FLOWS 65536
 #define MAX_HELLOS 4096
+#define MAX_STRAYS 16384
+#define STRAY_SECONDS 5
 #define MAX_UPLINKS 4096
 #define MAX_CATALOGUE 4096
 #define MAX_ANSWER_BYTES 1024
@@ -71,9 +73,10 @@
 #define GUARD_UNKNOWN 5
 #define GUARD_UNLISTED_ADDRESS 6
 #define GUARD_REPORT_LOST 7
+#define GUARD_HELD_UP 8
 #define ANSWER_TLS 0
 #define ANSWER_HTTP 1
-#define GUARD_OUTCOMES 8
+#define GUARD_OUTCOMES 9
 #define ANSWERS 2
 #define NETNS_ANY 0xffffffffffffffffULL
 #define SCOPE_UNSTAMPED 0
@@ -280,7 +283,7 @@ _Static_assert(__builtin_offsetof(struct connect_value, process) == 24, "connect
 _Static_assert(__builtin_offsetof(struct connect_value, padding) == 28, "connect_value.padding");
 _Static_assert(__builtin_offsetof(struct connect_value, comm) == 32, "connect_value.comm");
 
-/* Key of `flows` and `hellos`: a TCP connection as it leaves through an uplink, translated. */
+/* Key of `flows`, `hellos` and `strays`: a TCP connection as it leaves through an uplink, translated. */
 struct flow_key {
 	__u8 source[16]; /* network order, IPv4 mapped */
 	__u8 destination[16]; /* network order, IPv4 mapped */

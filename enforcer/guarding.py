@@ -4,7 +4,8 @@ The guard (bpf/guard.h) stands at the tc egress of every uplink. It permits noth
 what nftables cannot see: names in first bytes, and packets that never met the table.
 
 Invariant: it begins to judge when it knows everything, and not before. A connection that is older than the guard is
-told to it as allowed, since its name is past; one that begins later and is unknown is ended.
+told to it as allowed, since its name is past; one that begins later and is unknown is ended. Where nothing permits it,
+it is held up first: the table that refuses it may be away for a moment.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from enforcer import bpf, catalogue, conntrack, kernel_abi, netlink, procfs
 from enforcer.bounds import Room
-from enforcer.denial import TLS_ALERT
+from enforcer.denial import TLS_ALERT, Endpoint
 from enforcer.kernel_abi import (
     Answer,
     Ending,
@@ -31,6 +32,8 @@ from enforcer.policy import Level, Mode, Policy, RuleKind, pattern_id
 from enforcer.topology import AttachmentPlan
 
 log = logging.getLogger("registry-enforcer")
+
+LET_BE = bytes(8)  # value of BPF's `strays`
 
 # By level: where connections of a scope need permission, and where those of an engine, which talks to registries only.
 _JUDGED = {
@@ -98,8 +101,11 @@ class Guard:
         self._own_links: dict[bytes, bytes] = {}
         self._observing = False
         self._begun = bool(kernel.report.adopted)  # an earlier daemon's guard goes on
+        if self._begun:
+            self._uplinks = dict(kernel.maps["uplinks"].items())
         self._plan: AttachmentPlan | None = None
         self._any_port = 0
+        self._registry_ports: frozenset[int] = frozenset()
         self.malformed = 0  # records of the ring that are none
 
     # --- policy ------------------------------------------------------------------------------------------------------
@@ -117,6 +123,7 @@ class Guard:
             else {}
         )
         self._observing = policy.mode is Mode.OBSERVE
+        self._registry_ports = frozenset(policy.ports)
         if policy.ports[0] != self._any_port:
             self._any_port = policy.ports[0]
             if self._plan is not None:
@@ -184,8 +191,13 @@ class Guard:
             for interface in plan.uplinks[: kernel_abi.MAX_UPLINKS]
         }
         if uplinks != self._uplinks and self._begun:
+            more = not uplinks.keys() <= self._uplinks.keys()
+            if more:
+                self._let_strays_be()
             maps["uplinks"].replace_all(uplinks)
             self._uplinks = uplinks
+            if more:
+                self._let_strays_be()  # what began between the two
         return taken
 
     def begin(self) -> None:
@@ -199,15 +211,29 @@ class Guard:
         self._let_be()  # what began between the two
 
     def _let_be(self) -> None:
+        """Every connection that is open goes on, and is not read."""
+        allowed = kernel_abi.pack_flow(FlowState.ALLOWED)
+        for source, destination in self._connected():
+            self._kernel.maps["flows"].add(kernel_abi.pack_flow_key(*source, *destination), allowed)
+
+    def _let_strays_be(self) -> None:
+        """What is open where the guard has not been goes on, as far as nothing permits it; else its name is unknown.
+
+        It includes the answers to those that were begun from outside.
+        """
+        for ends in self._connected():
+            for source, destination in (ends, ends[::-1]):
+                if destination[1] in self._registry_ports:
+                    self._kernel.maps["strays"].update(kernel_abi.pack_flow_key(*source, *destination), LET_BE)
+
+    def _connected(self) -> Iterator[tuple[Endpoint, Endpoint]]:
+        """Open connections as they leave, as many as can be remembered beside others."""
         try:
             connected = conntrack.tcp_connections()
         except OSError as error:
             log.warning("the kernel does not tell its connections (%s): open ones to registries are ended", error)
-            return
-        flows = self._kernel.maps["flows"]
-        allowed = kernel_abi.pack_flow(FlowState.ALLOWED)
-        for source, destination in itertools.islice(connected, kernel_abi.MAX_FLOWS // 2):
-            flows.add(kernel_abi.pack_flow_key(*source, *destination), allowed)
+            connected = set()
+        return itertools.islice(connected, kernel_abi.MAX_FLOWS // 2)
 
     # --- what it says ------------------------------------------------------------------------------------------------
     def take(self, reader: bpf.EventReader) -> None:

@@ -97,6 +97,8 @@ LOOPBACK_IFINDEX = 1  # of lo in every network namespace (include/net/flow.h)
 NETNS_ANY = 0xFFFFFFFFFFFFFFFF  # no kernel counts that far
 MAX_FLOWS = 65_536  # connections to learned addresses; one that is forgotten is ended with its next byte
 MAX_HELLOS = 4_096  # of these, within their ClientHello
+MAX_STRAYS = 16_384  # connections whose beginning the guard did not see, to what nothing permits
+STRAY_SECONDS = 5  # such a one is held up, as long as the nftables table may be away, before it is ended
 MAX_UPLINKS = 4_096
 MAX_CATALOGUE = 4_096
 MAX_ANSWER_BYTES = 1_024
@@ -194,6 +196,7 @@ class GuardOutcome(enum.IntEnum):
     UNKNOWN = 5  # its beginning was not seen, or is forgotten
     UNLISTED_ADDRESS = 6  # a new connection that nftables did not see, or was told to let by
     REPORT_LOST = 7  # ended, but the ring was full
+    HELD_UP = 8  # a packet of a connection whose beginning was not seen, to what nothing permits
 
 
 class Answer(enum.IntEnum):
@@ -405,7 +408,7 @@ CONNECT = Structure(
 )
 FLOW_KEY = Structure(
     "flow_key",
-    "Key of `flows` and `hellos`: a TCP connection as it leaves through an uplink, translated.",
+    "Key of `flows`, `hellos` and `strays`: a TCP connection as it leaves through an uplink, translated.",
     (
         Field("__u8", "source", 16, "network order, IPv4 mapped"),
         Field("__u8", "destination", 16, "network order, IPv4 mapped"),
@@ -489,6 +492,8 @@ _LIMITS = (
     "MAX_CONNECTS",
     "MAX_FLOWS",
     "MAX_HELLOS",
+    "MAX_STRAYS",
+    "STRAY_SECONDS",
     "MAX_UPLINKS",
     "MAX_CATALOGUE",
     "MAX_ANSWER_BYTES",

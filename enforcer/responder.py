@@ -63,7 +63,7 @@ _SOCKADDR_IN6 = struct.Struct("!2xH4x16s4x")
 _REFERENCE_LETTERS = "23456789ABCDEFGHJKMNPQRSTVWXYZ"
 _REFERENCE_LENGTH = 8
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("registry-enforcer")
 
 Report = Callable[[Refusal], None]
 # Of a connection as it arrives here, from its source to the listener, where it comes from; None if that is not known,

@@ -28,8 +28,8 @@ def hour(**changes: int) -> list[Sample]:
     return samples
 
 
-def traffic(failed: int = 0, passed: int = 0, begun: int = 0, refused: int = 500) -> Traffic:
-    return Traffic(10_000, ["n1: timed out"] * failed, refused, passed, begun)
+def traffic(failed: int = 0, passed: int = 0, ended: int = 0, refused: int = 500) -> Traffic:
+    return Traffic(10_000, ["n1: timed out"] * failed, refused, passed, {"begins": 0, "ends": ended})
 
 
 def broken(found: list[Verdict]) -> set[str]:
@@ -80,7 +80,7 @@ def test_traffic_is_judged() -> None:
     assert judged(hour(), traffic(failed=10)) == set()  # one in a thousand
     assert judged(hour(), traffic(failed=11)) == {"allowed, failing"}
     assert judged(hour(), traffic(passed=1)) == {"refused, passing"}
-    assert judged(hour(), traffic(begun=1)) == {"refused, begun outside"}
+    assert judged(hour(), traffic(ended=1)) == {"refused, packets outside"}
     assert judged(hour(), traffic(refused=0)) == {"refused, passing"}  # nobody has tried
     assert judged(hour(), Traffic()) == {"allowed, failing", "refused, passing"}
 

@@ -51,7 +51,7 @@ def test_every_map_that_user_space_uses_is_there_with_the_layout_of_the_kernels(
         assert (memory.key_size, memory.value_size) == (real.key_size, real.value_size), name
         assert memory.max_entries == real.max_entries, name
     of_bpf_alone = {"queries", "events", "scratches", "registry_ports", "listed", "refusals"}
-    of_the_guard = {"flows", "hellos", "own_links", "uplinks", "catalogue", "answers", "guarded", "endings"}
+    of_the_guard = {"flows", "hellos", "strays", "own_links", "uplinks", "catalogue", "answers", "guarded", "endings"}
     assert kernel.maps.keys() - MemoryState("a test").maps.keys() == of_bpf_alone | of_the_guard
 
 

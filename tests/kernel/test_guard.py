@@ -203,7 +203,7 @@ def guarded(harness: Harness, lo: socket.socket) -> Iterator[Guarded]:
     made.endings()
     yield made
     maps["levels"].update_many((u32(number), u32(JudgedPorts.NONE)) for number in range(4))
-    for name in "registry_ports", "listed", "uplinks", "own_links", "flows", "hellos", "catalogue":
+    for name in "registry_ports", "listed", "uplinks", "own_links", "flows", "hellos", "strays", "catalogue":
         maps[name].clear()
     harness.write_names()
 
@@ -417,6 +417,104 @@ def test_forgotten_connection_is_ended_and_not_let_be(guarded: Guarded) -> None:
     data = b"\x17\x03\x03\0\1x"
     assert connection.send(data).answers
     assert guarded.endings()[-1].outcome is GuardOutcome.UNKNOWN
+
+
+# --- strays ----------------------------------------------------------------------------------------------------------
+SEGMENTS = {"an acknowledgement": (b"", ACK), "its end": (b"", FIN | ACK), "bytes": (b"GET /v2/ HTTP/1.1", PSH | ACK)}
+
+
+@both_families
+@pytest.mark.parametrize("what", SEGMENTS)
+@pytest.mark.parametrize("scope", [MarkedScope.ENGINE, MarkedScope.CONTAINER, 0])
+def test_connection_that_never_began_here_is_held_up(guarded: Guarded, version: int, what: str, scope: int) -> None:
+    before = guarded.count(GuardOutcome.HELD_UP)
+    connection = guarded.connection(UNLISTED[version], began=False, mark=scope)
+    payload, flags = SEGMENTS[what]
+    for _ in range(2):
+        outcome = connection.send(payload, flags=flags)
+        assert (outcome.verdict, outcome.answers) == (TC_ACT_SHOT, [])
+    assert guarded.count(GuardOutcome.HELD_UP) == before + 2
+    assert guarded.endings() == []
+
+
+@both_families
+def test_what_stays_astray_is_ended(guarded: Guarded, version: int) -> None:
+    connection = guarded.connection(UNLISTED[version], began=False)
+    request = b"GET /v2/ HTTP/1.1\r\n"
+    assert connection.send(request).verdict == TC_ACT_SHOT
+    (key,) = (key for key, _ in guarded.maps["strays"].items())
+    held_since = int.from_bytes(guarded.maps["strays"].lookup(key) or b"", sys.byteorder)
+    earlier = held_since - (kernel_abi.STRAY_SECONDS + 1) * 1_000_000_000
+    guarded.maps["strays"].update(key, earlier.to_bytes(8, sys.byteorder))
+    assert connection.send(b"", flags=ACK).verdict == TC_ACT_SHOT  # nothing that could be answered
+    assert_ended(connection.send(request), connection, request, PAGE)
+    assert guarded.endings()[-1].outcome is GuardOutcome.UNKNOWN
+    assert connection.send(b"more").verdict == TC_ACT_SHOT
+
+
+@pytest.mark.parametrize("what", SEGMENTS)
+def test_connection_that_nobody_judges_or_that_is_permitted_is_not_held_up(guarded: Guarded, what: str) -> None:
+    payload, flags = SEGMENTS[what]
+    unjudged = (
+        guarded.connection(UNLISTED[4], began=False, mark=MarkedScope.HOST),
+        guarded.connection(UNLISTED[4], 8080, began=False),
+        guarded.connection(LISTED[4][9], began=False),
+    )
+    guarded.harness.vouch(REGISTRY[4], 5000, 60, unnamed=True)
+    for connection in (*unjudged, guarded.connection(REGISTRY[4], 5000, began=False)):
+        for _ in range(2):
+            assert_passed(connection.send(payload, flags=flags), connection)
+    guarded.harness.configure(netns_cookie=kernel_abi.NETNS_ANY, observing=True)
+    connection = guarded.connection(UNLISTED[4], began=False)
+    assert_passed(connection.send(payload, flags=flags), connection)
+
+
+def test_inbound_connection_from_a_registrys_port_goes_on(guarded: Guarded) -> None:
+    connection = guarded.connection(UNLISTED[4], began=False)
+    assert_passed(connection.send(b"", flags=SYN | ACK), connection)
+    assert_passed(connection.send(b"SSH-2.0-OpenSSH_9.2\r\n"), connection)
+
+
+def test_forged_answer_to_nobody_opens_no_permitted_connection(guarded: Guarded) -> None:
+    connection = guarded.connection(REGISTRY[4])
+    assert_passed(connection.send(b"", flags=SYN | ACK), connection)
+    data = hello_with(name_extension(b"evil.example"))
+    assert_ended(connection.send(data), connection, data, ALERT)
+    guarded.maps["flows"].clear()
+    again = guarded.connection(REGISTRY[4], began=False)
+    assert_passed(again.send(b"", flags=SYN | ACK), again)
+    assert_ended(again.send(data), again, data, ALERT)
+
+
+def test_stray_that_is_not_judged_any_more_goes_on(guarded: Guarded) -> None:
+    connection = guarded.connection(UNLISTED[4], began=False)
+    assert connection.send(b"bytes").verdict == TC_ACT_SHOT
+    guarded.maps["levels"].update(u32(MarkedScope.CONTAINER), u32(JudgedPorts.NONE))
+    assert_passed(connection.send(b"bytes"), connection)
+
+
+@pytest.mark.parametrize("opened", ["listed", "unnamed", "off"])
+def test_second_connection_from_one_port_has_nothing_of_the_first(guarded: Guarded, opened: str) -> None:
+    first = guarded.connection(REGISTRY[4])
+    assert first.send(hello_with(name_extension(b"evil.example"))).answers
+    assert first.send(b"more").verdict == TC_ACT_SHOT
+    if opened == "listed":
+        guarded.maps["listed"].update(kernel_abi.pack_listed_key(REGISTRY[4], 32, 443), bytes([Listed.REGISTRY]))
+    elif opened == "unnamed":
+        guarded.harness.vouch(REGISTRY[4], 443, 60, unnamed=True)
+    else:
+        guarded.maps["levels"].update(u32(MarkedScope.CONTAINER), u32(JudgedPorts.NONE))
+    second = dataclasses.replace(first, next=SEQUENCE)
+    assert_passed(second.open(), second)
+    assert_passed(second.send(b"anything"), second)
+
+
+def test_connection_to_an_address_without_a_name_outlives_its_permission(guarded: Guarded) -> None:
+    guarded.harness.vouch(REGISTRY[4], 443, 60, unnamed=True)
+    connection = guarded.connection(REGISTRY[4])
+    assert_passed(connection.send(b"anything"), connection)
+    guarded.maps["learned"].clear()
+    assert_passed(connection.send(b"more"), connection)
 
 
 def test_hello_that_others_pushed_out_is_refused(guarded: Guarded) -> None:

@@ -18,7 +18,7 @@ from tests.lab import small_internet
 from tests.lab.enforcer import Enforcer, policy, registry
 from tests.lab.internet import ALLOWED_ADDRESS, EVIL_ADDRESS
 from tests.lab.lab import RESOLVER, Agent, Lab, missing_tools
-from tests.lab.soak import Traffic, begun_outside, count_outside
+from tests.lab.soak import Traffic, come_outside, count_outside
 
 STORM_ADDRESS, STORM_PORT = "198.18.1.13", 9_000  # of dual.allowed.test; a listener that does nothing else
 STORM_RULE = registry("storm", "dual.allowed.test", ports=(STORM_PORT,))
@@ -134,18 +134,22 @@ def main() -> int:
                 took[number % 2].append(time.monotonic() - started)
                 assert problem is None, problem
                 time.sleep(0.2)
-        busy.met.begun = begun_outside(lab)
+        busy.met.outside = come_outside(lab)
     for which, what in ((0, f"to {NAMES} names"), (1, "and back")):
         print(f"reload, {what}: {statistics.median(took[which]):.2f} s, {max(took[which]):.2f} s at most")
     met, made = busy.met, busy.met.allowed + storm.made
     print(
         f"meanwhile: {(made + met.refused) / busy.seconds:.0f} connections/s, {busy.answers / busy.seconds:.0f} DNS "
         f"answers/s; allowed {made}, failed {len(met.failed) + sum(storm.failed.values())}; "
-        f"refused {met.refused}, passed {met.passed}, begun outside {met.begun}"
+        f"refused {met.refused}, passed {met.passed}, packets outside {sum(met.outside.values())}"
     )
     for failure in (*met.failed[:5], *storm.failed):
         print(f"bench: {failure}")
-    return 1 if met.failed or storm.failed or met.passed or met.begun or max(took[0]) > BLOCKED_SECONDS else 0
+    return (
+        1
+        if met.failed or storm.failed or met.passed or any(met.outside.values()) or max(took[0]) > BLOCKED_SECONDS
+        else 0
+    )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ WINDOW_SECONDS = 60.0  # a measure is the middle of so many seconds at most
 RSS_GROWTH = 0.10
 FAILING_RATE = 0.001  # of allowed connections; none is expected
 # Of these maps the kernel makes room by itself; the others are filled by the policy and by what there is on the host.
-GROWING_MAPS = ("learned", "queries", "flows", "hellos", "connects")
+GROWING_MAPS = ("learned", "queries", "flows", "hellos", "strays", "connects")
 
 
 # --- what is measured, and what it must be ----------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class Traffic:
     failed: list[str] = field(default_factory=list)  # of the allowed ones: what went wrong
     refused: int = 0
     passed: int = 0  # of those that must be refused
-    begun: int = 0  # of these connections that came out of the host
+    outside: Mapping[str, int] = field(default_factory=dict)  # packets of these that came out of the host, by kind
 
     def add(self, verdicts: Mapping[str, int], address: str, *, allowed: bool) -> None:
         """A prober's account."""
@@ -145,7 +145,8 @@ def verdicts(
         Verdict("refused, passing", f"{traffic.passed} of {traffic.refused}", "0",
                 traffic.passed == 0 and traffic.refused > 0)
     )  # fmt: skip
-    found.append(Verdict("refused, begun outside", str(traffic.begun), "0", traffic.begun == 0))
+    outside = ", ".join(f"{count} {kind}" for kind, count in traffic.outside.items() if count)
+    found.append(Verdict("refused, packets outside", outside or "0", "0", not outside))
     return found
 
 
@@ -174,27 +175,43 @@ def policies() -> list[str]:
     ]
 
 
-def count_outside(lab: Lab) -> None:
-    """Have the lab's internet count who begins a connection to what nobody may reach: an eye outside of the host.
+# What a TCP packet does, as nft says it; the first that holds.
+_KINDS = {
+    "begins": "tcp flags & (syn | ack) == syn",
+    "resets": "tcp flags & rst == rst",
+    "ends": "tcp flags & fin == fin",
+    "carries": "tcp flags & psh == psh",
+    "acknowledges": "meta l4proto tcp",
+}
 
-    Not every packet: whom the responder is telling no while the table is flushed loses the translation of his last one.
-    """
-    counting = f"""table inet outside {{
-        counter evil {{ }}
+
+def count_outside(lab: Lab) -> None:
+    """Have the lab's internet count, from 0, what comes to those whom nobody may reach: an eye outside of the host."""
+    counters = "\n".join(f"counter {kind} {{ }}" for kind in _KINDS)
+    rules = "\n".join(f"{matched} counter name {kind} accept" for kind, matched in _KINDS.items())
+    counting = f"""table inet outside {{ }}
+    delete table inet outside
+    table inet outside {{
+        {counters}
+        chain evil {{
+            {rules}
+        }}
         chain arriving {{
             type filter hook prerouting priority -400;
-            tcp flags & (syn | ack) == syn ip daddr {EVIL_ADDRESS} counter name evil
-            tcp flags & (syn | ack) == syn ip6 daddr {EVIL_ADDRESS6} counter name evil
+            ip daddr {EVIL_ADDRESS} jump evil
+            ip6 daddr {EVIL_ADDRESS6} jump evil
         }}
     }}"""
     counted = lab.run("net", ["nft", "-f", "-"], text=counting)
     assert counted.returncode == 0, counted.stdout
 
 
-def begun_outside(lab: Lab) -> int:
-    """How many have come since."""
-    listed = json.loads(lab.run("net", ["nft", "-j", "list", "counters"]).stdout)["nftables"]
-    return sum(int(each["counter"]["packets"]) for each in listed if "counter" in each)
+def come_outside(lab: Lab) -> dict[str, int]:
+    """How many packets of each kind have come since."""
+    listed = json.loads(lab.run("net", ["nft", "-j", "list", "counters", "table", "inet", "outside"]).stdout)
+    return {
+        each["counter"]["name"]: int(each["counter"]["packets"]) for each in listed["nftables"] if "counter" in each
+    }
 
 
 class Load:
@@ -243,7 +260,7 @@ class Load:
             thread.join()
         for agent, address, allowed in self._probers:
             self.traffic.add(agent.call("probe_stop", key="p")["verdicts"], address, allowed=allowed)
-        self.traffic.begun = begun_outside(self._lab)
+        self.traffic.outside = come_outside(self._lab)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:

@@ -17,6 +17,7 @@ from tests.lab.bench import FreshNames
 from tests.lab.enforcer import Enforcer
 from tests.lab.internet import ALLOWED_ADDRESS, EVIL_ADDRESS
 from tests.lab.lab import Lab, poll
+from tests.lab.soak import come_outside, count_outside
 from tests.lab.test_end_to_end import assert_reached, assert_refused, connected_at_once
 
 pytestmark = [
@@ -118,6 +119,24 @@ def test_what_others_do_to_their_own_tables_is_no_drift(world: Enforcer, lab: La
     assert_reached(lab.ct.connect("registry.allowed.test"))  # a change of ours
     time.sleep(SEEN_SECONDS)
     assert {what: repairs(world, what) for what in Drifted} == before
+
+
+def test_nothing_of_refused_clients_leaves_while_the_table_is_flushed(world: Enforcer, lab: Lab) -> None:
+    """With the table goes the translation to the responder: what it is telling no would go on to where it wanted."""
+    probers = lab.agent("ct"), lab.agent("host", comm="skopeo")
+    count_outside(lab)
+    held_up = {"outcome": "held_up"}
+    before = world.total("enforcer_guarded_connections_total", **held_up)
+    for prober in probers:
+        prober.call("probe_start", key="p", address=EVIL_ADDRESS, port=443, timeout=0.5, pause=0.001)
+    until = time.monotonic() + 30
+    while world.total("enforcer_guarded_connections_total", **held_up) < before + 3 and time.monotonic() < until:
+        of_root(lab, "nft", "flush", "ruleset")
+        time.sleep(0.2)
+    verdicts = [prober.call("probe_stop", key="p")["verdicts"] for prober in probers]
+    assert all("reached" not in met and met["refused"] > 0 for met in verdicts)
+    assert world.total("enforcer_guarded_connections_total", **held_up) >= before + 3  # else nothing was tried
+    assert not any(come_outside(lab).values())
 
 
 def test_learning_goes_on_while_the_table_is_flushed_again_and_again(
