@@ -329,6 +329,15 @@ INLINE int begin_flow(struct scratch *s, __u32 mode, __u32 state, __u32 next)
 	return !remember_flow(&s->flow_key, &s->flow);
 }
 
+/* Passes a new connection that is not read, or not yet. What was said of an earlier one from its port is not said of
+ * it. */
+INLINE int let_begin(struct scratch *s)
+{
+	if (s->packet.protocol == IPPROTO_TCP)
+		forget_flow(&s->flow_key);
+	return TC_ACT_UNSPEC;
+}
+
 /* A new connection, or a datagram. */
 INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
@@ -336,21 +345,22 @@ INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *
 	__u64 now = now_ns(), mode = GUARD_NAME, permitted = 0;
 	__u8 *listed;
 
-	if (s->packet.protocol == IPPROTO_TCP)
-		forget_flow(&s->flow_key); /* of an earlier connection from the same port */
 	set_listed_key(s);
 	listed = find_listed(&s->listed_key);
 	if (listed && *listed != LISTED_PROXY)
-		return TC_ACT_UNSPEC;
+		return let_begin(s);
 	find_scope(skb, s, settings);
 	if (s->packet.protocol == IPPROTO_TCP) {
 		if (listed) {
 			mode = GUARD_PROXY;
 			permitted = 1;
 		} else if (learned && learned->expires_at > now) {
-			if (learned->unnamed_until > now &&
-			    (s->level < JUDGED_REGISTRY || begin_flow(s, mode, FLOW_ALLOWED, 0)))
-				return TC_ACT_UNSPEC;
+			if (learned->unnamed_until > now) {
+				if (s->level < JUDGED_REGISTRY)
+					return let_begin(s);
+				if (begin_flow(s, mode, FLOW_ALLOWED, 0))
+					return TC_ACT_UNSPEC;
+			}
 			if (learned->proxy_until > now)
 				mode = GUARD_PROXY;
 			permitted = 1;
@@ -359,17 +369,15 @@ INLINE int guard_new(struct __sk_buff *skb, struct scratch *s, struct settings *
 		}
 		if (permitted) {
 			if (s->level < JUDGED_REGISTRY || (mode == GUARD_NAME && !is_judged(s)))
-				return TC_ACT_UNSPEC;
+				return let_begin(s);
 			if (s->payload_bytes)
 				return TC_ACT_SHOT; /* sent again without, if the kernel sends it */
 			if (begin_flow(s, mode, FLOW_BEGUN, s->sequence + 1))
 				return TC_ACT_UNSPEC;
 		}
 	}
-	if (!is_judged(s))
-		return TC_ACT_UNSPEC;
-	if (settings->observing)
-		return TC_ACT_UNSPEC; /* nftables has counted it, or never saw it */
+	if (!is_judged(s) || settings->observing) /* nftables has counted it, or never saw it */
+		return let_begin(s);
 	s->verdict = GUARD_UNLISTED_ADDRESS;
 	report(skb, s, s->name, 0);
 	if (s->packet.protocol == IPPROTO_TCP)

@@ -729,6 +729,16 @@ def test_registry_protocol_is_recognised_on_any_port(recognising: Guarded, reque
         assert_ended(outcome, connection, request_head, PAGE)
 
 
+@pytest.mark.attack("another name on a second connection from one port, where the first one's was allowed")
+def test_second_connection_from_one_port_is_recognised_like_the_first(recognising: Guarded) -> None:
+    first = recognising.connection(REGISTRY[4], mark=MarkedScope.HOST)
+    assert_passed(first.send(hello("registry.example")), first)
+    second = dataclasses.replace(first, next=SEQUENCE)
+    assert_passed(second.open(), second)
+    data = hello("public.example")
+    assert_ended(second.send(data), second, data, ALERT)
+
+
 @pytest.mark.parametrize("what", ["no name", "encrypted", "two names"])
 def test_what_is_not_recognised_passes_there(recognising: Guarded, what: str) -> None:
     connection = recognising.connection(UNLISTED[4], mark=MarkedScope.HOST)

@@ -7,15 +7,17 @@ name is reached says what the guard said, and nothing else.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.lab.clients import Clients
 from tests.lab.enforcer import Enforcer, policy, registry
 from tests.lab.internet import ALLOWED_ADDRESS, EVIL_ADDRESS, EVIL_ADDRESS6
-from tests.lab.lab import CT_ADDRESS, Lab, poll
+from tests.lab.lab import CT_ADDRESS, HOST_ADDRESS, Lab, poll
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.timeout(180)]
 
@@ -155,6 +157,49 @@ def test_another_tables_earlier_verdict_opens_nothing(strict: Enforcer, lab: Lab
     finally:
         lab.run("host", ["nft", "delete", "table", "inet", "others"])
     assert lab.ct.connect("registry.allowed.test").reached
+
+
+SERVING = """
+import socket
+served, _ = socket.create_server(("", 7000)).accept()
+while said := served.recv(99):
+    served.sendall(said.upper())
+"""
+ASKING = """
+import socket, sys
+s = socket.create_connection((sys.argv[1], 7000), 5, ("", int(sys.argv[2])))
+for line in sys.stdin:
+    s.sendall(line.encode())
+    print(s.recv(99).decode(), end="", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("enforced", "port"), [("from the beginning", 7443), ("later", 7444)])
+def test_inbound_connection_from_a_registrys_port_is_answered(
+    any_enforcer: Enforcer, lab: Lab, tmp_path: Path, enforced: str, port: int
+) -> None:
+    """What the host answers goes to a registry port of somebody to whom nothing leads; but it has not begun there."""
+    strict = policy(host="strict").replace("[443, 5000]", f"[443, 5000, {port}]", 1)
+    if any_enforcer.running:
+        any_enforcer.stop()
+    any_enforcer.remove()
+    if enforced == "from the beginning":
+        any_enforcer.start(strict)
+    words = tmp_path / "words"
+    os.mkfifo(words)
+    log = f"asking {enforced}"
+    serving = lab.spawn("host", ["/usr/bin/python3", "-I", "-c", SERVING], "serving")
+    poll("the server", lambda: ":7000 " in lab.run("host", ["ss", "-Hltn"]).stdout)
+    asking = lab.spawn("net", ["sh", "-c", f"exec python3 -I -c '{ASKING}' {HOST_ADDRESS} {port} < {words}"], log)
+    with words.open("w", buffering=1) as said:
+        said.write("one\n")
+        poll("an answer", lambda: lab.log(log) == "ONE\n", 5)
+        any_enforcer.ensure(strict)
+        before = any_enforcer.total("enforcer_guarded_connections_total", outcome="held_up")
+        said.write("two\n")
+        poll("another answer", lambda: lab.log(log) == "ONE\nTWO\n", 5)
+    assert (asking.wait(10), serving.wait(10)) == (0, 0)
+    assert any_enforcer.total("enforcer_guarded_connections_total", outcome="held_up") == before
 
 
 def test_observe_mode_ends_nothing_and_counts(enforcer: Enforcer, lab: Lab) -> None:
