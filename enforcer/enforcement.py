@@ -94,6 +94,7 @@ log = logging.getLogger("registry-enforcer")
 
 REFUSED: Final = (nft.NftError, bpf.BpfError, OSError)  # what the kernel may say to anything, at any time
 _Parameters = ParamSpec("_Parameters")
+ROOM_SECONDS = 60.0  # between two looks for what was revoked and has no connection any more
 CGROUP_ATTEMPTS = 5  # at a text that names cgroups
 NANOSECONDS = 1_000_000_000
 
@@ -237,7 +238,8 @@ class Enforcement:
         self.faults = Faults(self.metrics)
         self._behind = False  # something was refused half-way, and not everything that is held is in the kernel
         # What is revoked, and when the kernel's element ends, the first to end first; None: the table is not ours yet.
-        self._revoked: dict[Destination, float] | None = None
+        self._revoked: revocation.Revoked | None = None
+        self._looked_for_room_at = -math.inf
         self._saved = saved
         self._firewall = firewall
         self._capabilities = capabilities
@@ -308,7 +310,7 @@ class Enforcement:
         await self.questions.begin()
         difference = self._difference(self._elements() if self._table_present else [], frozenset(adopted.forget))
         assert self.plan is not None  # follow_resolvers made it
-        self._revoked = self._revoked_elements() if self._table_present else {}
+        self._revoked = revocation.Revoked(self._revoked_elements() if self._table_present else {})
         self._apply_ruleset(self.policy, self._render(difference))
         self._remember_revoked(difference)
         self._write_judge(self.policy)
@@ -629,17 +631,13 @@ class Enforcement:
 
     def _remember_revoked(self, changes: Changes) -> None:
         if self._revoked is not None:
-            for entry in changes.permit:
-                self._revoked.pop(entry.destination, None)
+            self._revoked.pardon(entry.destination for entry in changes.permit)
             self._revoke(changes.withdraw)
 
     def _revoke(self, destinations: Iterable[Destination]) -> None:
         """Note what the table is told to judge at every packet, as long as the kernel keeps it."""
         assert self._revoked is not None
-        ends_at = self._now() + ruleset.REVOKED_SECONDS
-        for destination in destinations:
-            self._revoked.pop(destination, None)
-            self._revoked[destination] = ends_at
+        self._revoked.revoke(destinations, self._now() + ruleset.REVOKED_SECONDS)
 
     def _known_name(self, address: Address) -> tuple[str | None, str] | None:
         """(name, rule) of a permission that the address has on any port."""
@@ -988,6 +986,19 @@ class Enforcement:
             self._change_table(ruleset.render_revoked(again))
             log.info("connections to %d destinations are judged again", len(again))
 
+    async def _make_room_for_revoked(self, revoked: revocation.Revoked) -> None:
+        """Forget that permission ended where no connection is left of when it had not."""
+        before = revoked.snapshot()
+        try:
+            connected = await asyncio.to_thread(conntrack.tcp_destinations)
+        except OSError as error:
+            log.warning("the kernel does not tell its connections (%s): there may be no room to revoke more", error)
+            return
+        gone = revoked.without_connection(before, connected)
+        revoked.pardon(gone)
+        self._change_table(ruleset.render_revoked((), gone))
+        log.info("%d destinations without connections are not judged at every packet any more", len(gone))
+
     def housekeeping(self) -> None:
         """Forget what has expired; read from the kernel what its events could not carry; put right what went wrong."""
         self.auditor.housekeeping()
@@ -1008,8 +1019,11 @@ class Enforcement:
         learned = self._kernel.maps["learned"]
         for destination in self.learned.expire(now):
             learned.delete(kernel_abi.pack_learned_key(*destination))
-        while self._revoked and next(iter(self._revoked.values())) <= now:
-            del self._revoked[next(iter(self._revoked))]
+        if self._revoked is not None:
+            self._revoked.expire(now)
+            if self._revoked.is_crowded and now > self._looked_for_room_at + ROOM_SECONDS:
+                self._looked_for_room_at = now
+                self._beside.start(self._make_room_for_revoked(self._revoked))
         lost = self._lost()
         if lost > self._lost_seen:
             log.warning(
@@ -1095,13 +1109,13 @@ class Enforcement:
         except nft.NftError:  # gone, with the sets or the table
             elements, held = [], {}.keys()
         difference = self._difference(elements)
-        text = self._render(difference) + ruleset.render_revoked((self._revoked or {}).keys() - held)
+        text = self._render(difference) + ruleset.render_revoked(set(self._revoked or ()) - held)
         try:
             self._apply_ruleset(self.policy, text)
         except nft.NftError:
             # Something of another kind has the name of a part of it.
             difference = self._difference([])
-            text = self._render(difference) + ruleset.render_revoked(self._revoked or {})
+            text = self._render(difference) + ruleset.render_revoked(self._revoked or ())
             self._apply_ruleset(self.policy, text, afresh=True)
         self._remember_revoked(difference)
         self._table_present = True

@@ -7,13 +7,70 @@ asked for: the rules then refuse what has no permission, packet by packet, and l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from enforcer.learned import Destination, LearnedAddresses
 from enforcer.policy import Address, Level, Mode, Network, Policy
 
 MAX_DESTINATIONS = 65_536
 DNS_PORT = 53
+CROWDED = 131_072  # half of what the table's sets have room for
+
+
+class Revoked:
+    """Where every packet is judged, since permission ended while connections may have been open; as the table holds it.
+
+    It matters to connections alone that began before. Where none is left it may be forgotten, which makes room: a
+    table's set that is full would have the kernel refuse the next policy.
+    """
+
+    def __init__(self, held: Mapping[Destination, float] | None = None) -> None:
+        """`held`: when each ends, in seconds of the clock that is used throughout, the earliest first."""
+        self._ends_at = dict(held or {})
+
+    def __contains__(self, destination: object) -> bool:
+        return destination in self._ends_at
+
+    def __iter__(self) -> Iterator[Destination]:
+        return iter(self._ends_at)
+
+    def __len__(self) -> int:
+        return len(self._ends_at)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether it is time to ask which connections are open."""
+        return len(self._ends_at) > CROWDED
+
+    def revoke(self, destinations: Iterable[Destination], ends_at: float) -> None:
+        """From now on, until then; no earlier call may have named a later time."""
+        for destination in destinations:
+            self._ends_at.pop(destination, None)
+            self._ends_at[destination] = ends_at
+
+    def pardon(self, destinations: Iterable[Destination]) -> None:
+        """No more."""
+        for destination in destinations:
+            self._ends_at.pop(destination, None)
+
+    def expire(self, now: float) -> None:
+        """The table has forgotten these by itself."""
+        while self._ends_at and next(iter(self._ends_at.values())) <= now:
+            del self._ends_at[next(iter(self._ends_at))]
+
+    def snapshot(self) -> dict[Destination, float]:
+        """What `without_connection` is asked about."""
+        return dict(self._ends_at)
+
+    def without_connection(
+        self, snapshot: Mapping[Destination, float], connected: Collection[Destination]
+    ) -> list[Destination]:
+        """Of what was revoked before `connected` was read, and not again since, that to which nothing is open."""
+        return [
+            destination
+            for destination, ends_at in snapshot.items()
+            if destination not in connected and self._ends_at.get(destination) == ends_at
+        ]
 
 
 def narrows(before: Policy, after: Policy) -> bool:

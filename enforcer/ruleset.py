@@ -33,7 +33,8 @@ LEARNED_SETS = ("learned4", "learned6")
 REVOKED_SETS = ("revoked4", "revoked6")
 REVOKED_SECONDS = 432_000  # nf_conntrack_tcp_timeout_established: what is silent for longer is new to the kernel
 SET_SIZE = 262_144  # elements; the kernel refuses a transaction that would exceed it
-# Twice what the memory holds: within a transaction what makes room is still there when the others come.
+# Twice what the memory holds: within a transaction what makes room is still there when the others come. All of that may
+# be revoked at once, beside what is before there is a look for room (revocation.CROWDED).
 LEARNED_SET_SIZE = 524_288
 LOG_PREFIX = "registry-enforcer: "
 _MARKS_NOTE = "marks_"  # and the mask: an empty chain, since every kernel has those
@@ -243,8 +244,8 @@ def _sets(capabilities: Capabilities) -> Iterator[str]:
         yield ""
         yield "# Addresses and ports whose permission was taken back: every packet to them is judged, not the first of"
         yield "# a connection. Deleting conntrack entries instead would let the far end's next packet begin one."
-        yield f"set revoked4 {{ type ipv4_addr . inet_service; flags {dynamic}; size {SET_SIZE}; }}"
-        yield f"set revoked6 {{ type ipv6_addr . inet_service; flags {dynamic}; size {SET_SIZE}; }}"
+        yield f"set revoked4 {{ type ipv4_addr . inet_service; flags {dynamic}; size {LEARNED_SET_SIZE}; }}"
+        yield f"set revoked6 {{ type ipv6_addr . inet_service; flags {dynamic}; size {LEARNED_SET_SIZE}; }}"
         yield ""
     if capabilities.looks_twice:
         yield "# Connections whose first packet has been dropped, until it comes again."

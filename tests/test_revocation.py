@@ -12,7 +12,7 @@ import pytest
 from enforcer import conntrack
 from enforcer.learned import Destination, LearnedAddress, LearnedAddresses
 from enforcer.policy import DnsOverTls, HostPattern, Level, Mode, Policy, Resolvers, Scope
-from enforcer.revocation import lists, lists_address, narrows, to_judge_again
+from enforcer.revocation import CROWDED, Revoked, lists, lists_address, narrows, to_judge_again
 from tests.test_audit import in_namespace
 from tests.test_ruleset import DEFAULT, rule
 
@@ -121,3 +121,35 @@ def test_reading_nothing_is_no_error() -> None:
 
     in_namespace(act)
     assert found == set()
+
+
+def test_what_is_revoked_ends_in_its_time_and_what_is_permitted_again_at_once() -> None:
+    first, second, third = at("192.0.2.1"), at("192.0.2.2"), at("2001:db8::3")
+    revoked = Revoked({first: 10.0})
+    revoked.revoke([second, third], 20.0)
+    revoked.pardon([third, at("192.0.2.9")])
+    assert list(revoked) == [first, second]
+    revoked.expire(9.9)
+    assert first in revoked
+    revoked.revoke([first], 30.0)  # later than the second now
+    revoked.expire(20.0)
+    assert list(revoked) == [first]
+    revoked.expire(30.0)
+    assert len(revoked) == 0
+
+
+def test_only_what_has_no_connection_since_it_was_revoked_is_forgotten_early() -> None:
+    connected, idle, again, pardoned, later = (at(f"192.0.2.{n}") for n in range(5))
+    revoked = Revoked()
+    revoked.revoke([connected, idle, again, pardoned], 10.0)
+    snapshot = revoked.snapshot()
+    revoked.revoke([again, later], 11.0)
+    revoked.pardon([pardoned])
+    assert revoked.without_connection(snapshot, {connected}) == [idle]
+
+
+def test_it_is_crowded_long_before_the_table_has_no_room() -> None:
+    revoked = Revoked({(ip_address(n), 443): 1.0 for n in range(CROWDED)})
+    assert not revoked.is_crowded
+    revoked.revoke([at("192.0.2.1")], 2.0)
+    assert revoked.is_crowded

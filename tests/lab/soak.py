@@ -28,7 +28,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from enforcer import bpf, nft
-from enforcer.ruleset import LEARNED_SET_SIZE, SET_SIZE
+from enforcer.ruleset import LEARNED_SET_SIZE
 from tests.lab import small_internet
 from tests.lab.enforcer import METRICS_PORT, Enforcer, policy, registry
 from tests.lab.internet import ALLOWED_ADDRESS, EVIL_ADDRESS, EVIL_ADDRESS6, fresh_name
@@ -365,7 +365,7 @@ class Sampler:
         kernel = self._resources.enter_context(bpf.KernelState(bpf.read_report(generation)))
         self._maps = {f"map {name}": kernel.maps[name] for name in GROWING_MAPS}
         self.limits = {name: each.max_entries for name, each in self._maps.items()}
-        self.limits |= {"set learned": 2 * LEARNED_SET_SIZE, "set revoked": 2 * SET_SIZE}
+        self.limits |= {"set learned": 2 * LEARNED_SET_SIZE, "set revoked": 2 * LEARNED_SET_SIZE}
         namespace = os.open(f"/run/netns/{self._lab.namespace('host')}", os.O_RDONLY)
         with inside(namespace):
             self._firewall = self._resources.enter_context(nft.Nft())

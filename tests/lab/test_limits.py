@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 
 from enforcer import bpf
-from tests.lab.enforcer import Enforcer, policy
+from tests.lab.enforcer import Enforcer, policy, registry
 from tests.lab.internet import fresh_address, fresh_name
 from tests.lab.lab import RESOLVER, Lab, poll
 from tests.lab.test_end_to_end import assert_reached, assert_refused
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
+# The daemon, to whom one revoked destination is a crowd.
+CROWDED = "import sys; from enforcer import cli, revocation; revocation.CROWDED = 0; sys.exit(cli.main())"
 BOUND = 1_024
 FIRST, COUNT = 12_000, 1_500
 
@@ -44,3 +49,30 @@ def test_no_more_is_learned_than_the_policy_says(enforcer: Enforcer, lab: Lab) -
     assert_refused(lab.ct.attempt(fresh_address(gone)))  # has made room
     assert_reached(lab.ct.connect(fresh_name(gone)))  # and is asked for again
     assert_reached(lab.ct.talk("pull"))  # what was open stays so
+
+
+@pytest.fixture
+def crowded(any_enforcer: Enforcer, lab: Lab) -> Iterator[Enforcer]:
+    """A daemon of its own, not running."""
+    if any_enforcer.running:
+        any_enforcer.stop()
+    daemon = Enforcer(lab, "host", lab.host, [sys.executable, "-c", CROWDED])
+    yield daemon
+    daemon.stop()
+
+
+def test_what_was_revoked_is_forgotten_where_no_connection_is_left(crowded: Enforcer, lab: Lab) -> None:
+    """Else the sets that hold it would be full one day, and the kernel would refuse the next policy."""
+    names = {"open": "later.allowed.test", "idle": "evil.test"}
+    crowded.start(policy(more=registry("later", names["open"]) + registry("more", names["idle"])))
+    lab.ct.call("hold", key="open", name=names["open"], port=443)
+    assert lab.ct.call("resolve", name=names["idle"])  # and asked for by the daemon; nobody connects
+    held = len(crowded.permitted())
+    assert crowded.reload_and_wait(policy()) is None
+    poll("room", lambda: "without connections are not judged at every packet any more" in crowded.log)
+    revoked = lab.run("host", ["nft", "list", "set", "inet", "registry_enforcer", "revoked4"]).stdout
+    assert revoked.count("timeout 5d") == 1
+    assert len(crowded.permitted()) < held
+    assert_refused(lab.ct.talk("open"))
+    for name in names.values():
+        assert_refused(lab.ct.connect(name))
