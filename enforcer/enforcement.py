@@ -976,11 +976,14 @@ class Enforcement:
     async def _judge_connections_again(self, before: Policy) -> None:
         """Have the rules look at connections that `before` let through without a learned address."""
         try:
-            connected = await asyncio.to_thread(conntrack.tcp_destinations)
+            connected = await asyncio.to_thread(conntrack.tcp_connections)
         except OSError as error:
             log.warning("the kernel does not tell its connections (%s): those that are open stay open", error)
             return
-        again = revocation.to_judge_again(before, self.policy, self.learned, connected)
+        if self.guard is not None:
+            self.guard.judge_strays_again(connected)
+        destinations = {destination for _, destination in connected}
+        again = revocation.to_judge_again(before, self.policy, self.learned, destinations)
         if again and self._revoked is not None and self._capabilities.remembers:
             self._revoke(again)
             self._change_table(ruleset.render_revoked(again))
@@ -996,8 +999,9 @@ class Enforcement:
             return
         gone = revoked.without_connection(before, connected)
         revoked.pardon(gone)
-        self._change_table(ruleset.render_revoked((), gone))
-        log.info("%d destinations without connections are not judged at every packet any more", len(gone))
+        if gone and self._capabilities.remembers:
+            self._change_table(ruleset.render_revoked((), gone))
+            log.info("%d destinations without connections are not judged at every packet any more", len(gone))
 
     def housekeeping(self) -> None:
         """Forget what has expired; read from the kernel what its events could not carry; put right what went wrong."""

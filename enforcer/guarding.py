@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from enforcer import bpf, catalogue, conntrack, kernel_abi, netlink, procfs
 from enforcer.bounds import Room
@@ -193,11 +193,11 @@ class Guard:
         if uplinks != self._uplinks and self._begun:
             more = not uplinks.keys() <= self._uplinks.keys()
             if more:
-                self._let_strays_be()
+                self._let_strays_be(self._connected())
             maps["uplinks"].replace_all(uplinks)
             self._uplinks = uplinks
             if more:
-                self._let_strays_be()  # what began between the two
+                self._let_strays_be(self._connected())  # what began between the two
         return taken
 
     def begin(self) -> None:
@@ -216,12 +216,20 @@ class Guard:
         for source, destination in self._connected():
             self._kernel.maps["flows"].add(kernel_abi.pack_flow_key(*source, *destination), allowed)
 
-    def _let_strays_be(self) -> None:
+    def judge_strays_again(self, connected: Iterable[tuple[Endpoint, Endpoint]]) -> None:
+        """A policy refuses more: of what is astray only what nftables sees goes on, since that is its to refuse.
+
+        `connected`: the connections that it sees, as conntrack.tcp_connections tells them.
+        """
+        self._kernel.maps["strays"].clear()
+        self._let_strays_be(connected)
+
+    def _let_strays_be(self, connected: Iterable[tuple[Endpoint, Endpoint]]) -> None:
         """What is open where the guard has not been goes on, as far as nothing permits it; else its name is unknown.
 
         It includes the answers to those that were begun from outside.
         """
-        for ends in self._connected():
+        for ends in connected:
             for source, destination in (ends, ends[::-1]):
                 if destination[1] in self._registry_ports:
                     self._kernel.maps["strays"].update(kernel_abi.pack_flow_key(*source, *destination), LET_BE)

@@ -370,13 +370,13 @@ def on_the_hosts_network(lab: Lab, right: str, container: str) -> Agent:
 
 
 @contextlib.contextmanager
-def behind_a_macvlan(lab: Lab) -> Iterator[Agent]:
+def behind_a_macvlan(lab: Lab, script: str = "attacker.py") -> Iterator[Agent]:
     command("ip", "netns", "add", lab.namespace("macvlan"))
     lab.ip("host", f"link add mv0 link up0 netns {lab.namespace('macvlan')} type macvlan mode bridge")
     lab.ip("macvlan", "link set lo up", f"addr add {MACVLAN_FAR}/24 dev mv0", "link set mv0 up",
            f"route add default via {MACVLAN_NEAR}")  # fmt: skip
     lab.ip("net", f"addr add {MACVLAN_NEAR}/24 dev to-host")
-    agent = lab.agent("macvlan", script="attacker.py")
+    agent = lab.agent("macvlan", script=script)
     yield agent
     agent.close()
     command("ip", "netns", "del", lab.namespace("macvlan"))

@@ -18,6 +18,7 @@ from tests.lab.clients import Clients
 from tests.lab.enforcer import Enforcer, policy, registry
 from tests.lab.internet import ALLOWED_ADDRESS, EVIL_ADDRESS, EVIL_ADDRESS6
 from tests.lab.lab import CT_ADDRESS, HOST_ADDRESS, Lab, poll
+from tests.lab.test_attacks_marks import behind_a_macvlan
 
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.timeout(180)]
 
@@ -157,6 +158,26 @@ def test_another_tables_earlier_verdict_opens_nothing(strict: Enforcer, lab: Lab
     finally:
         lab.run("host", ["nft", "delete", "table", "inet", "others"])
     assert lab.ct.connect("registry.allowed.test").reached
+
+
+@pytest.mark.attack("a connection of a macvlan that is older than the daemon, or than the policy that refuses it")
+@pytest.mark.parametrize("older_than", ["the daemon", "the policy"])
+def test_open_connection_that_nftables_never_sees_is_ended(any_enforcer: Enforcer, lab: Lab, older_than: str) -> None:
+    def ended() -> float:
+        return any_enforcer.total("enforcer_guarded_connections_total", outcome="unknown")
+
+    if any_enforcer.running:
+        any_enforcer.stop()
+    any_enforcer.remove()
+    if older_than == "the policy":
+        any_enforcer.start(policy().replace('containers = "strict"', 'containers = "off"'))
+    with behind_a_macvlan(lab, "agent.py") as agent:
+        agent.call("hold", key="open", name=EVIL_ADDRESS, port=5000)
+        any_enforcer.ensure(policy())
+        time.sleep(1)  # what is open is looked at beside everything else
+        before = ended()
+        assert not agent.talk("open").reached
+        poll("its end", lambda: ended() > before, 15)  # by then it is sure not to be a refused client's
 
 
 SERVING = """
