@@ -976,13 +976,12 @@ class Enforcement:
     async def _judge_connections_again(self, before: Policy) -> None:
         """Have the rules look at connections that `before` let through without a learned address."""
         try:
-            connected = await asyncio.to_thread(conntrack.tcp_connections)
+            destinations, inbound = await asyncio.to_thread(_connected, frozenset(self.policy.ports))
         except OSError as error:
             log.warning("the kernel does not tell its connections (%s): those that are open stay open", error)
             return
         if self.guard is not None:
-            self.guard.judge_strays_again(connected)
-        destinations = {destination for _, destination in connected}
+            self.guard.judge_strays_again(inbound)
         again = revocation.to_judge_again(before, self.policy, self.learned, destinations)
         if again and self._revoked is not None and self._capabilities.remembers:
             self._revoke(again)
@@ -1377,6 +1376,12 @@ class Enforcement:
             return self._snapshot()
         except (nft.NftError, bpf.BpfError, OSError) as error:
             raise metrics.SnapshotError(str(error)) from None
+
+
+def _connected(ports: frozenset[int]) -> tuple[set[Destination], list[tuple[Destination, Destination]]]:
+    """Where connections lead, and (source, destination) of what comes from one of `ports`. Blocks as conntrack does."""
+    connected = conntrack.tcp_connections()
+    return {destination for _, destination in connected}, [ends for ends in connected if ends[0][1] in ports]
 
 
 def _exact_names(policy: Policy) -> set[str]:

@@ -193,11 +193,11 @@ class Guard:
         if uplinks != self._uplinks and self._begun:
             more = not uplinks.keys() <= self._uplinks.keys()
             if more:
-                self._let_strays_be(self._connected())
+                self._let_strays_be()
             maps["uplinks"].replace_all(uplinks)
             self._uplinks = uplinks
             if more:
-                self._let_strays_be(self._connected())  # what began between the two
+                self._let_strays_be()  # what began between the two
         return taken
 
     def begin(self) -> None:
@@ -216,23 +216,31 @@ class Guard:
         for source, destination in self._connected():
             self._kernel.maps["flows"].add(kernel_abi.pack_flow_key(*source, *destination), allowed)
 
-    def judge_strays_again(self, connected: Iterable[tuple[Endpoint, Endpoint]]) -> None:
-        """A policy refuses more: of what is astray only what nftables sees goes on, since that is its to refuse.
+    def judge_strays_again(self, inbound: Iterable[tuple[Endpoint, Endpoint]]) -> None:
+        """A policy refuses more: of what is astray only answers go on, to what was begun from a registry's port.
 
-        `connected`: the connections that it sees, as conntrack.tcp_connections tells them.
+        `inbound` are those connections, as far as nftables sees them. Others that it sees are its to refuse.
         """
         self._kernel.maps["strays"].clear()
-        self._let_strays_be(connected)
+        for source, destination in inbound:
+            self._let_stray_be(destination, source)
 
-    def _let_strays_be(self, connected: Iterable[tuple[Endpoint, Endpoint]]) -> None:
+    def _let_strays_be(self) -> None:
         """What is open where the guard has not been goes on, as far as nothing permits it; else its name is unknown.
 
         It includes the answers to those that were begun from outside.
         """
-        for ends in connected:
-            for source, destination in (ends, ends[::-1]):
-                if destination[1] in self._registry_ports:
-                    self._kernel.maps["strays"].update(kernel_abi.pack_flow_key(*source, *destination), LET_BE)
+        strays = (
+            ends
+            for source, destination in self._connected()
+            for ends in ((source, destination), (destination, source))
+            if ends[1][1] in self._registry_ports
+        )
+        for source, destination in itertools.islice(strays, kernel_abi.MAX_STRAYS):
+            self._let_stray_be(source, destination)
+
+    def _let_stray_be(self, source: Endpoint, destination: Endpoint) -> None:
+        self._kernel.maps["strays"].update(kernel_abi.pack_flow_key(*source, *destination), LET_BE)
 
     def _connected(self) -> Iterator[tuple[Endpoint, Endpoint]]:
         """Open connections as they leave, as many as can be remembered beside others."""

@@ -219,6 +219,11 @@ def test_inbound_connection_from_a_registrys_port_is_answered(
         before = any_enforcer.total("enforcer_guarded_connections_total", outcome="held_up")
         said.write("two\n")
         poll("another answer", lambda: lab.log(log) == "ONE\nTWO\n", 5)
+        for text in (strict.replace('host = "strict"', 'host = "off"'), strict):
+            any_enforcer.ensure(text)
+        time.sleep(1)  # what is open is looked at beside everything else
+        said.write("three\n")
+        poll("one more", lambda: lab.log(log) == "ONE\nTWO\nTHREE\n", 5)
     assert (asking.wait(10), serving.wait(10)) == (0, 0)
     assert any_enforcer.total("enforcer_guarded_connections_total", outcome="held_up") == before
 
