@@ -11,6 +11,7 @@ from enforcer import bpf
 from tests.lab.enforcer import Enforcer, policy, registry
 from tests.lab.internet import fresh_address, fresh_name
 from tests.lab.lab import RESOLVER, Lab, poll
+from tests.lab.test_drift import FLUSH_CONNTRACK, of_root
 from tests.lab.test_end_to_end import assert_reached, assert_refused
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -63,6 +64,7 @@ def crowded(any_enforcer: Enforcer, lab: Lab) -> Iterator[Enforcer]:
 
 def test_what_was_revoked_is_forgotten_where_no_connection_is_left(crowded: Enforcer, lab: Lab) -> None:
     """Else the sets that hold it would be full one day, and the kernel would refuse the next policy."""
+    of_root(lab, sys.executable, "-c", FLUSH_CONNTRACK)  # what earlier tests have open, or have just closed
     names = {"open": "later.allowed.test", "idle": "evil.test"}
     crowded.start(policy(more=registry("later", names["open"]) + registry("more", names["idle"])))
     lab.ct.call("hold", key="open", name=names["open"], port=443)
