@@ -16,8 +16,13 @@ from tests.lab.test_end_to_end import assert_reached, assert_refused
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
-# The daemon, to whom one revoked destination is a crowd.
-CROWDED = "import sys; from enforcer import cli, revocation; revocation.CROWDED = 0; sys.exit(cli.main())"
+# The daemon, to whom one revoked destination is a crowd, and who looks for room every second.
+CROWDED = """
+import sys
+from enforcer import cli, enforcement, revocation
+revocation.CROWDED = enforcement.ROOM_SECONDS = 0
+sys.exit(cli.main())
+"""
 BOUND = 1_024
 FIRST, COUNT = 12_000, 1_500
 
@@ -71,9 +76,13 @@ def test_what_was_revoked_is_forgotten_where_no_connection_is_left(crowded: Enfo
     assert lab.ct.call("resolve", name=names["idle"])  # and asked for by the daemon; nobody connects
     held = len(crowded.permitted())
     assert crowded.reload_and_wait(policy()) is None
-    poll("room", lambda: "without connections are not judged at every packet any more" in crowded.log)
-    revoked = lab.run("host", ["nft", "list", "set", "inet", "registry_enforcer", "revoked4"]).stdout
-    assert revoked.count("timeout 5d") == 1
+
+    def revoked() -> int:
+        listed = lab.run("host", ["nft", "list", "set", "inet", "registry_enforcer", "revoked4"])
+        return listed.stdout.count("timeout 5d")
+
+    poll("room", lambda: revoked() == 1)
+    assert "without connections are not judged at every packet any more" in crowded.log
     assert len(crowded.permitted()) < held
     assert_refused(lab.ct.talk("open"))
     for name in names.values():
