@@ -454,6 +454,8 @@ INLINE const __u8 *read_on(struct __sk_buff *skb, struct scratch *s)
 	return hello->name;
 }
 
+#define NOT_HELD 1 /* in place of a value of `strays`: there is none, not held up so far */
+
 /* Whether a segment of a connection that is not known may be one that must not leave: to a registry's port, and not
  * found to be nobody's to judge. */
 INLINE int may_stray(struct scratch *s)
@@ -463,14 +465,14 @@ INLINE int may_stray(struct scratch *s)
 	if (!find_registry_port(KEY_32(&port)))
 		return 0;
 	since = find_stray(&s->flow_key);
-	s->held_since = since ? *since : 1;
+	s->held_since = since ? *since : NOT_HELD;
 	FORGET();
-	return s->held_since != 0;
+	return s->held_since != LET_BE;
 }
 
-INLINE void let_be(struct scratch *s)
+INLINE void remember_held(struct scratch *s, __u64 since)
 {
-	s->held_since = 0;
+	s->held_since = since;
 	FORGET();
 	remember_stray(&s->flow_key, &s->held_since);
 }
@@ -480,67 +482,75 @@ INLINE int is_astray(struct scratch *s)
 {
 	__u64 now = now_ns();
 
-	if (s->held_since == 1) {
-		s->held_since = now;
-		FORGET();
-		remember_stray(&s->flow_key, &s->held_since);
-	} else if (s->payload_bytes && now - s->held_since > STRAY_SECONDS * 1000000000ULL) {
+	if (s->held_since == NOT_HELD)
+		remember_held(s, now);
+	else if (s->payload_bytes && now - s->held_since > STRAY_SECONDS * 1000000000ULL)
 		return 1;
-	}
 	guard_count(s, GUARD_HELD_UP);
 	return 0;
+}
+
+#define READ_ON 0 /* neither TC_ACT_UNSPEC nor TC_ACT_SHOT */
+
+/* A segment of a connection whose beginning was not seen, or is forgotten: what becomes of it, or READ_ON, and then
+ * `s->flow` has begun with it. */
+INLINE int meet_unknown(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
+{
+	int stray = may_stray(s), like_one;
+	struct learned_value *learned;
+	__u8 *listed;
+
+	if (!s->payload_bytes && !stray)
+		return TC_ACT_UNSPEC;
+	set_listed_key(s);
+	listed = find_listed(&s->listed_key);
+	if (listed && *listed != LISTED_PROXY)
+		return TC_ACT_UNSPEC;
+	learned = find_learned(&s->learned_key);
+	s->permitted = (learned && learned->expires_at > now_ns()) || listed;
+	if (learned && learned->unnamed_until > now_ns())
+		return TC_ACT_UNSPEC;
+	FORGET();
+	if (s->permitted)
+		stray = 0;
+	if (!s->payload_bytes && !stray)
+		return TC_ACT_UNSPEC;
+	like_one = settings->recognising && s->payload_bytes && looks_like_one(skb, s);
+	if (!stray && !s->permitted && !like_one)
+		return TC_ACT_UNSPEC;
+	find_scope(skb, s, settings);
+	if (stray && (s->level < JUDGED_REGISTRY || settings->observing)) {
+		remember_held(s, LET_BE);
+		stray = 0;
+	}
+	if (stray && !is_astray(s))
+		return TC_ACT_SHOT;
+	s->unknown = stray || (s->permitted && (listed ? s->level >= JUDGED_REGISTRY : is_judged(s)));
+	if (!s->unknown && (s->level != JUDGED_RECOGNISED || !like_one))
+		return TC_ACT_UNSPEC;
+	begin_flow(s, s->unknown ? GUARD_NAME : GUARD_RECOGNISE, FLOW_BEGUN, s->sequence);
+	return READ_ON;
 }
 
 /* What follows the SYN. */
 INLINE int guard_segment(struct __sk_buff *skb, struct scratch *s, struct settings *settings)
 {
 	struct flow *flow = find_flow(&s->flow_key);
-	struct learned_value *learned;
 	const __u8 *name = s->name;
 	__u32 expected, answer = ANSWER_HTTP;
-	int stray, like_one;
 	__s32 ahead;
 	__u64 first = 0;
-	__u8 *listed;
+	int met;
 
 	s->position = s->transport + s->header_bytes;
 	s->payload_left = s->payload_bytes;
-	if (!flow) {
-		stray = may_stray(s);
-		if (!s->payload_bytes && !stray)
-			return TC_ACT_UNSPEC;
-		set_listed_key(s);
-		listed = find_listed(&s->listed_key);
-		if (listed && *listed != LISTED_PROXY)
-			return TC_ACT_UNSPEC;
-		learned = find_learned(&s->learned_key);
-		s->permitted = (learned && learned->expires_at > now_ns()) || listed;
-		if (learned && learned->unnamed_until > now_ns())
-			return TC_ACT_UNSPEC;
-		FORGET();
-		if (s->permitted)
-			stray = 0;
-		if (!s->payload_bytes && !stray)
-			return TC_ACT_UNSPEC;
-		like_one = s->permitted || (settings->recognising && s->payload_bytes && looks_like_one(skb, s));
-		if (!stray && !like_one)
-			return TC_ACT_UNSPEC;
-		find_scope(skb, s, settings);
-		if (stray)
-			stray = s->level >= JUDGED_REGISTRY && !settings->observing;
-		if (stray && !is_astray(s))
-			return TC_ACT_SHOT;
-		if (!stray && !s->permitted)
-			let_be(s);
-		s->unknown = stray || (s->permitted && (listed ? s->level >= JUDGED_REGISTRY : is_judged(s)));
-		/* What nothing permits has been looked at already. */
-		if (!s->unknown && (!like_one || s->level != JUDGED_RECOGNISED || !settings->recognising ||
-				    (s->permitted && !looks_like_one(skb, s))))
-			return TC_ACT_UNSPEC;
-		begin_flow(s, s->unknown ? GUARD_NAME : GUARD_RECOGNISE, FLOW_BEGUN, s->sequence);
-	} else {
+	if (flow) {
 		s->flow = *flow;
 		s->unknown = 0;
+	} else {
+		met = meet_unknown(skb, s, settings);
+		if (met != READ_ON)
+			return met;
 	}
 	FORGET();
 	if (s->flow.state == FLOW_ALLOWED)
@@ -641,7 +651,7 @@ INLINE int guard_packet(struct __sk_buff *skb, struct scratch *s, struct setting
 		/* The answer to an inbound connection. Who forges one has what follows it let by where nothing is
 		 * permitted and nobody has begun a connection. */
 		if (s->packet.transport[TCP_FLAGS_OFFSET] & TCP_SYN && may_stray(s))
-			let_be(s);
+			remember_held(s, LET_BE);
 		return TC_ACT_UNSPEC;
 	}
 	return guard_segment(skb, s, settings);

@@ -137,7 +137,7 @@ PERCPU_ARRAY_MAP(refusals, __u64, 2 * SCOPES * 2);
 LRU_MAP(connects, struct connect_key, struct connect_value, MAX_CONNECTS);
 LRU_MAP(flows, struct flow_key, struct flow, MAX_FLOWS);
 LRU_MAP(hellos, struct flow_key, struct hello, MAX_HELLOS);
-LRU_MAP(strays, struct flow_key, __u64, MAX_STRAYS); /* since when it is held up; 0: nobody's to judge */
+LRU_MAP(strays, struct flow_key, __u64, MAX_STRAYS); /* since when it is held up, or LET_BE */
 HASH_MAP(own_links, struct link, __u8, MAX_UPLINKS);
 HASH_MAP(uplinks, __u32, struct uplink, MAX_UPLINKS);
 LPM_MAP(catalogue, struct name_key, __u8, MAX_CATALOGUE);

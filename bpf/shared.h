@@ -19,6 +19,7 @@
 #define MAX_FLOWS 65536
 #define MAX_HELLOS 4096
 #define MAX_STRAYS 16384
+#define LET_BE 0
 #define STRAY_SECONDS 5
 #define MAX_UPLINKS 4096
 #define MAX_CATALOGUE 4096

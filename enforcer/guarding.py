@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from enforcer import bpf, catalogue, conntrack, kernel_abi, netlink, procfs
 from enforcer.bounds import Room
@@ -33,7 +33,7 @@ from enforcer.topology import AttachmentPlan
 
 log = logging.getLogger("registry-enforcer")
 
-LET_BE = bytes(8)  # value of BPF's `strays`
+_LET_BE = kernel_abi.LET_BE.to_bytes(8, sys.byteorder)
 
 # By level: where connections of a scope need permission, and where those of an engine, which talks to registries only.
 _JUDGED = {
@@ -186,35 +186,38 @@ class Guard:
         present = {interface.index for interface in plan.uplinks}
         self._attached &= present
         self._unattachable &= present
-        uplinks = {
-            _u32(interface.index): kernel_abi.pack_uplink(self._any_port, ethernet=bool(interface.link_address))
-            for interface in plan.uplinks[: kernel_abi.MAX_UPLINKS]
-        }
-        if uplinks != self._uplinks and self._begun:
-            more = not uplinks.keys() <= self._uplinks.keys()
-            if more:
-                self._let_strays_be()
-            maps["uplinks"].replace_all(uplinks)
-            self._uplinks = uplinks
-            if more:
-                self._let_strays_be()  # what began between the two
+        uplinks = _judged_uplinks(plan, self._any_port)
+        if self._begun and not uplinks.keys() <= self._uplinks.keys():
+            self._begin_at(uplinks, lambda: self._let_strays_be(self._connected()))
+        elif self._begun and uplinks != self._uplinks:
+            self._judge_at(uplinks)
         return taken
 
     def begin(self) -> None:
         """Judge from now on, once everything else is in place; what is open already stays open."""
         if self._begun:
             return
-        self._let_be()
-        self._begun = True
         assert self._plan is not None
-        self.fit(self._plan)
-        self._let_be()  # what began between the two
+        self._begin_at(_judged_uplinks(self._plan, self._any_port), self._let_be)
+        self._begun = True
+
+    def _begin_at(self, uplinks: dict[bytes, bytes], let_be: Callable[[], None]) -> None:
+        """Judge where nobody did, and `let_be` what is open there."""
+        let_be()
+        self._judge_at(uplinks)
+        let_be()  # what began between the two
+
+    def _judge_at(self, uplinks: dict[bytes, bytes]) -> None:
+        self._kernel.maps["uplinks"].replace_all(uplinks)
+        self._uplinks = uplinks
 
     def _let_be(self) -> None:
         """Every connection that is open goes on, and is not read."""
+        connected = self._connected()
         allowed = kernel_abi.pack_flow(FlowState.ALLOWED)
-        for source, destination in self._connected():
+        for source, destination in connected:
             self._kernel.maps["flows"].add(kernel_abi.pack_flow_key(*source, *destination), allowed)
+        self._let_strays_be(connected)
 
     def judge_strays_again(self, inbound: Iterable[tuple[Endpoint, Endpoint]]) -> None:
         """A policy refuses more: of what is astray only answers go on, to what was begun from a registry's port.
@@ -225,14 +228,14 @@ class Guard:
         for source, destination in inbound:
             self._let_stray_be(destination, source)
 
-    def _let_strays_be(self) -> None:
+    def _let_strays_be(self, connected: Iterable[tuple[Endpoint, Endpoint]]) -> None:
         """What is open where the guard has not been goes on, as far as nothing permits it; else its name is unknown.
 
         It includes the answers to those that were begun from outside.
         """
         strays = (
             ends
-            for source, destination in self._connected()
+            for source, destination in connected
             for ends in ((source, destination), (destination, source))
             if ends[1][1] in self._registry_ports
         )
@@ -240,16 +243,17 @@ class Guard:
             self._let_stray_be(source, destination)
 
     def _let_stray_be(self, source: Endpoint, destination: Endpoint) -> None:
-        self._kernel.maps["strays"].update(kernel_abi.pack_flow_key(*source, *destination), LET_BE)
+        self._kernel.maps["strays"].update(kernel_abi.pack_flow_key(*source, *destination), _LET_BE)
 
-    def _connected(self) -> Iterator[tuple[Endpoint, Endpoint]]:
+    @staticmethod
+    def _connected() -> list[tuple[Endpoint, Endpoint]]:
         """Open connections as they leave, as many as can be remembered beside others."""
         try:
             connected = conntrack.tcp_connections()
         except OSError as error:
             log.warning("the kernel does not tell its connections (%s): open ones to registries are ended", error)
-            connected = set()
-        return itertools.islice(connected, kernel_abi.MAX_FLOWS // 2)
+            return []
+        return list(itertools.islice(connected, kernel_abi.MAX_FLOWS // 2))
 
     # --- what it says ------------------------------------------------------------------------------------------------
     def take(self, reader: bpf.EventReader) -> None:
@@ -278,6 +282,14 @@ def recognises(policy: Policy) -> bool:
     return any(
         level is Level.REGISTRIES for level in (policy.scope.containers, policy.scope.engines, policy.scope.host)
     )
+
+
+def _judged_uplinks(plan: AttachmentPlan, any_port: int) -> dict[bytes, bytes]:
+    """What BPF's `uplinks` holds; `any_port`, a registry port, is that of what hides its own."""
+    return {
+        _u32(interface.index): kernel_abi.pack_uplink(any_port, ethernet=bool(interface.link_address))
+        for interface in plan.uplinks[: kernel_abi.MAX_UPLINKS]
+    }
 
 
 def _u32(value: int) -> bytes:

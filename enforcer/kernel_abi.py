@@ -98,6 +98,7 @@ NETNS_ANY = 0xFFFFFFFFFFFFFFFF  # no kernel counts that far
 MAX_FLOWS = 65_536  # connections to learned addresses; one that is forgotten is ended with its next byte
 MAX_HELLOS = 4_096  # of these, within their ClientHello
 MAX_STRAYS = 16_384  # connections whose beginning the guard did not see, to what nothing permits
+LET_BE = 0  # value of `strays`: nobody's to judge
 STRAY_SECONDS = 5  # such a one is held up, as long as the nftables table may be away, before it is ended
 MAX_UPLINKS = 4_096
 MAX_CATALOGUE = 4_096
@@ -493,6 +494,7 @@ _LIMITS = (
     "MAX_FLOWS",
     "MAX_HELLOS",
     "MAX_STRAYS",
+    "LET_BE",
     "STRAY_SECONDS",
     "MAX_UPLINKS",
     "MAX_CATALOGUE",
