@@ -994,7 +994,11 @@ class Enforcement:
         try:
             connected = await asyncio.to_thread(conntrack.tcp_destinations)
         except OSError as error:
-            log.warning("the kernel does not tell its connections (%s): there may be no room to revoke more", error)
+            log.warning(
+                "the kernel does not tell its connections (%s): there may be no room to revoke more; load the module "
+                "nf_conntrack_netlink",
+                error,
+            )
             return
         gone = revoked.without_connection(before, connected)
         revoked.pardon(gone)

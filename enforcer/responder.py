@@ -161,7 +161,11 @@ class Responder:
                 return self._ask_source(source, here) or source
             except OSError as error:
                 self._ask_source = None  # each time that it is asked in vain the kernel looks for a module
-                log.warning("some records will name no client: the kernel does not tell what it tracks: %s", error)
+                log.warning(
+                    "some records will name no client (load the module nf_conntrack_netlink): the kernel does not tell "
+                    "what it tracks: %s",
+                    error,
+                )
         return source
 
     def _make_room(self) -> None:

@@ -11,10 +11,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from enforcer.learned import Destination, LearnedAddresses
 from enforcer.policy import Address, Level, Mode, Network, Policy
+from enforcer.ruleset import LEARNED_SET_SIZE
 
 MAX_DESTINATIONS = 65_536
 DNS_PORT = 53
-CROWDED = 131_072  # half of what the table's sets have room for
+CROWDED = LEARNED_SET_SIZE // 4  # of what each of the table's sets has room for
 
 
 class Revoked:
