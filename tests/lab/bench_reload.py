@@ -145,11 +145,8 @@ def main() -> int:
     )
     for failure in (*met.failed[:5], *storm.failed):
         print(f"bench: {failure}")
-    return (
-        1
-        if met.failed or storm.failed or met.passed or any(met.outside.values()) or max(took[0]) > BLOCKED_SECONDS
-        else 0
-    )
+    lost, through = met.failed or storm.failed, met.passed or any(met.outside.values())
+    return 1 if lost or through or max(took[0]) > BLOCKED_SECONDS else 0
 
 
 if __name__ == "__main__":

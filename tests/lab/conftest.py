@@ -72,9 +72,7 @@ def enforcer(any_enforcer: Enforcer) -> Enforcer:
 def host_as_before(built: tuple[Lab, Clients | None], any_enforcer: Enforcer) -> Iterator[None]:
     """Who flushes the ruleset takes docker's rules along, and whatever comes next may count on no enforcer."""
     yield
-    if any_enforcer.running:
-        any_enforcer.stop()
-    any_enforcer.remove()
+    any_enforcer.leave()
     if (clients := built[1]) is not None:
         clients.restart_docker()
 

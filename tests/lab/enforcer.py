@@ -203,6 +203,12 @@ class Enforcer:
         """`registry-enforcer remove`; the value is what it printed."""
         return self.command("remove", *self._places)
 
+    def leave(self) -> None:
+        """Neither running, nor anything of it in the kernel."""
+        if self.running:
+            self.stop()
+        self.remove()
+
     def status(self) -> dict[str, Any]:
         """`registry-enforcer status --json`."""
         facts: dict[str, Any] = json.loads(self.command("status", "--json"))

@@ -340,9 +340,7 @@ def attacks(chosen: Iterable[Attack]) -> list[object]:
 @pytest.fixture(scope="module")
 def undefended(lab: Lab, any_enforcer: Enforcer) -> Iterator[Field]:
     """The field before anything is enforced."""
-    if any_enforcer.running:
-        any_enforcer.stop()
-    any_enforcer.remove()
+    any_enforcer.leave()
     services = "".join(f"ip daddr {service} dnat to {address}\n" for address, service in SERVICES.items())
     with contextlib.ExitStack() as stack:
         stack.enter_context(

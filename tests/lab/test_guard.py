@@ -108,9 +108,7 @@ def test_refused_name_is_audited_with_its_container(strict: Enforcer, lab: Lab) 
 
 
 def test_connection_that_is_older_than_the_guard_stays_open(any_enforcer: Enforcer, lab: Lab) -> None:
-    if any_enforcer.running:
-        any_enforcer.stop()
-    any_enforcer.remove()
+    any_enforcer.leave()
     for agent in (lab.ct, lab.engine):
         agent.call("hold", key="old", name="registry.allowed.test", port=443)
     any_enforcer.start(policy(host="strict"))
@@ -166,9 +164,7 @@ def test_open_connection_that_nftables_never_sees_is_ended(any_enforcer: Enforce
     def ended() -> float:
         return any_enforcer.total("enforcer_guarded_connections_total", outcome="unknown")
 
-    if any_enforcer.running:
-        any_enforcer.stop()
-    any_enforcer.remove()
+    any_enforcer.leave()
     if older_than == "the policy":
         any_enforcer.start(policy().replace('containers = "strict"', 'containers = "off"'))
     with behind_a_macvlan(lab, "agent.py") as agent:
@@ -201,9 +197,7 @@ def test_inbound_connection_from_a_registrys_port_is_answered(
 ) -> None:
     """What the host answers goes to a registry port of somebody to whom nothing leads; but it has not begun there."""
     strict = policy(host="strict").replace("[443, 5000]", f"[443, 5000, {port}]", 1)
-    if any_enforcer.running:
-        any_enforcer.stop()
-    any_enforcer.remove()
+    any_enforcer.leave()
     if enforced == "from the beginning":
         any_enforcer.start(strict)
     words = tmp_path / "words"

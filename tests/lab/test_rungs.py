@@ -95,15 +95,11 @@ def rung(request: pytest.FixtureRequest) -> Rung:
 @pytest.fixture(scope="module")
 def daemon(any_enforcer: Enforcer, lab: Lab, rung: Rung) -> Iterator[Enforcer]:
     """The daemon on this rung, in place of the lab's own."""
-    if any_enforcer.running:
-        any_enforcer.stop()
-    any_enforcer.remove()
+    any_enforcer.leave()
     enforcer = Enforcer(lab, "host", lab.host, rung.program)
     enforcer.start(policy(host="strict"))
     yield enforcer
-    if enforcer.running:
-        enforcer.stop()
-    enforcer.remove()
+    enforcer.leave()
 
 
 def agents(lab: Lab) -> dict[str, Agent]:
