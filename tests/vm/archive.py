@@ -16,11 +16,13 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from tests.vm.kernels import Debian, Kernel, Ubuntu
 
@@ -30,10 +32,31 @@ _DEBIAN_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _DEBOOTSTRAP = Path("/usr/sbin/debootstrap")
 _DEBOOTSTRAP_UBUNTU = Path("/usr/share/debootstrap/scripts/gutsy")  # all of Ubuntu's releases are this one
 _DOWNLOAD_SECONDS = 300
+PAUSES_SECONDS = (5, 15, 45)
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 class FetchError(Exception):
     """A package cannot be had; the message says why."""
+
+
+def patient(fetch: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Tries again while names cannot be resolved, as on any network for a moment; apt retries within seconds."""
+
+    @functools.wraps(fetch)
+    def patiently(*arguments: _Parameters.args, **named: _Parameters.kwargs) -> _Result:
+        for pause in PAUSES_SECONDS:
+            try:
+                return fetch(*arguments, **named)
+            except FetchError as error:
+                if "Temporary failure" not in str(error):
+                    raise
+                time.sleep(pause)
+        return fetch(*arguments, **named)
+
+    return patiently
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +173,7 @@ def _kept(name: str, digest: str, download: functools.partial[None]) -> Path:
 
 
 # --- Ubuntu ----------------------------------------------------------------------------------------------------------
+@patient
 def _from_ubuntu(origin: Ubuntu, name: str, place: Path) -> None:
     url = f"{ubuntu_mirror()}/pool/main/l/{origin.pool}/{name}"
     try:
@@ -198,6 +222,7 @@ class _PrivateApt:
         self._options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
         self.run("apt-get", "update", "--error-on=any")
 
+    @patient
     def run(self, command: str, *arguments: str, cwd: Path | None = None) -> str:
         """apt's output. Raises FetchError."""
         done = subprocess.run(

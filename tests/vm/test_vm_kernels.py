@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from tests import dns_vectors
+from tests.vm import archive
 from tests.vm.kernels import KERNELS, Debian, Expected, Kernel
 from tests.vm.run import layers, run, unable
 from tests.vm.verdict import Verdict, judge, steps_of
@@ -104,3 +106,21 @@ def test_guest_that_does_not_come_up_or_does_not_end_is_a_failure() -> None:
 def test_surprise_in_either_direction_is_a_failure(changed: dict[str, Any], said: str) -> None:
     found = surprises(report(**changed))
     assert any(said in surprise for surprise in found), found
+
+
+@pytest.mark.parametrize(
+    ("why", "tries"), [("Temporary failure in name resolution", 1 + len(archive.PAUSES_SECONDS)), ("404 Not Found", 1)]
+)
+def test_only_what_passes_by_itself_is_fetched_again(monkeypatch: pytest.MonkeyPatch, why: str, tries: int) -> None:
+    tried: list[str] = []
+    paused: list[float] = []
+    monkeypatch.setattr(time, "sleep", paused.append)
+
+    def fetch(name: str) -> None:
+        tried.append(name)
+        raise archive.FetchError(why)
+
+    with pytest.raises(archive.FetchError, match=why):
+        archive.patient(fetch)("linux")
+    assert tried == ["linux"] * tries
+    assert len(paused) == tries - 1
