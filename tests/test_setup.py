@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ class Sandbox:
     """A checkout with nothing but the scripts, and stand-ins first in PATH."""
 
     def __init__(self, path: Path) -> None:
+        self._started: list[subprocess.Popen[str]] = []
         self.path = path
         self.policy = path / "policy-rc.d"
         shutil.copytree(ROOT / "tools", path / "tools")
@@ -78,7 +80,7 @@ class Sandbox:
         }
 
     def start(self, *command: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             cwd=self.path,
             env=self.environment,
@@ -88,6 +90,14 @@ class Sandbox:
             text=True,
             start_new_session=True,
         )
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Whatever is left of what was started."""
+        for process in self._started:
+            with process, contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def run(self, *command: str) -> tuple[int, str]:
         """(exit status, all that it said)"""
@@ -103,8 +113,10 @@ class Sandbox:
 
 
 @pytest.fixture
-def sandbox(tmp_path: Path) -> Sandbox:
-    return Sandbox(tmp_path)
+def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
+    sandbox = Sandbox(tmp_path)
+    yield sandbox
+    sandbox.end()
 
 
 # --- tools/setup.sh --------------------------------------------------------------------------------------------------
@@ -204,6 +216,7 @@ def test_without_root_set_up_names_what_is_missing_and_installs_nothing() -> Non
         assert "as root" in output
         assert "python3-bpfcc" in output
         assert not (sandbox.path / "asked").exists()
+        sandbox.end()
 
 
 def test_without_apt_set_up_names_what_is_needed(sandbox: Sandbox) -> None:
@@ -442,6 +455,17 @@ def test_enforcement_is_removed_after_the_daemon_stopped_on_request(sandbox: San
     process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 0
     assert called(sandbox)[1:] == ["stopped", "remove"]
+
+
+@pytest.mark.root
+def test_request_to_stop_that_comes_before_the_daemon_is_known_stops_it(sandbox: Sandbox) -> None:
+    script = sandbox.path / "tools/run.sh"
+    before, line, after = script.read_text().partition("daemon=$!\n")
+    script.write_text(f"{before}/bin/sleep 1\n{line}{after}")
+    fake_enforcer(sandbox, 'kill -TERM "$PPID"\nwhile :; do read -rt 0.1 <> <(:); done')
+    status, _ = sandbox.run("tools/run.sh")
+    assert status == 0
+    assert called(sandbox) == ["run", "remove"]
 
 
 @pytest.mark.root

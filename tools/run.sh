@@ -10,10 +10,12 @@ if ((EUID != 0)); then
     exit 1
 fi
 stopping=
-trap 'stopping=1; kill -TERM "$daemon" 2>/dev/null || true' INT TERM HUP
+daemon=
+trap 'stopping=1; [[ -z $daemon ]] || kill -TERM "$daemon" 2>/dev/null || true' INT TERM HUP
 echo "run: enforcing on this host; Ctrl-C stops and takes every rule out again"
 "$enforcer" run "$@" </dev/null &
 daemon=$!
+[[ -z $stopping ]] || kill -TERM "$daemon" 2>/dev/null || true # asked to stop before there was anybody to tell
 status=0
 wait "$daemon" || status=$?
 if [[ -z $stopping ]]; then
