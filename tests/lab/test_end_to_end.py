@@ -210,6 +210,7 @@ def test_uplink_that_appears_later_is_guarded_at_once_and_learns_when_the_resolv
     finally:
         lab.ip("host", "link del vpn0")
         lab.ip("net", "link del vpn0")
+    poll("the learner to follow", lambda: program_on("up0") == "learn")
     assert connected_at_once(lab.host, fresh.take(20))
     assert_refused(lab.host.attempt(EVIL_ADDRESS))
 
