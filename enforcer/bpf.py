@@ -882,23 +882,23 @@ def _remove_stamps(cgroup: Path) -> None:
 class EventReader:
     """What BPF reports, read without a thread: `fileno()` is readable when `read()` has something.
 
-    The buffer in the kernel is the only queue, and the only place where an event can be lost: the programs count it as
-    Outcome.EVENT_LOST; what is lost in a perf buffer is counted here.
+    The buffer in the kernel is the only queue. Where it is full the kernel tells the program, which counts the loss
+    (perf buffers: since 5.1).
     """
 
     def __init__(self, events: BpfMap) -> None:
-        self.lost = 0
+        self.lost = 0  # events that there was no memory for in this process
         self._records: list[bytes] = []
         self._libbpf = _event_functions()
         self._perf = events.type == _PERF_EVENT_ARRAY
         if self._perf:
             pages = max(8, min(64, kernel_abi.EVENT_BYTES // _possible_cpus() // mmap.PAGESIZE))
             pages = 1 << (pages.bit_length() - 1)
-            self._callbacks: tuple[object, ...] = _PERF_SAMPLE(self._take_perf), _PERF_LOST(self._count_lost)
-            self._buffer = self._libbpf.perf_buffer__new(events.fd, pages, *self._callbacks, None, None)
+            self._callback: object = _PERF_SAMPLE(self._take_perf)
+            self._buffer = self._libbpf.perf_buffer__new(events.fd, pages, self._callback, None, None, None)
         else:
-            self._callbacks = (_RING_SAMPLE(self._take_ring),)
-            self._buffer = self._libbpf.ring_buffer__new(events.fd, *self._callbacks, None, None)
+            self._callback = _RING_SAMPLE(self._take_ring)
+            self._buffer = self._libbpf.ring_buffer__new(events.fd, self._callback, None, None)
         if not self._buffer:
             number = ctypes.get_errno()
             raise BpfError(f"cannot read the BPF events: {os.strerror(number)}{_advice(os.strerror(number))}")
@@ -932,26 +932,28 @@ class EventReader:
         self.close()
 
     def _take_ring(self, _context: int | None, data: int, size: int) -> int:
-        self._records.append(ctypes.string_at(data, size))
+        self._take(data, size)
         return -errno.EAGAIN if len(self._records) >= _EVENTS_A_READ else 0  # negative: stop after this one
 
     def _take_perf(self, _context: int | None, _cpu: int, data: int, size: int) -> None:
-        self._records.append(ctypes.string_at(data, size))
+        self._take(data, size)
 
-    def _count_lost(self, _context: int | None, _cpu: int, count: int) -> None:
-        self.lost += count
+    def _take(self, data: int, size: int) -> None:
+        try:
+            self._records.append(ctypes.string_at(data, size))
+        except MemoryError:  # libbpf has called: nobody above would see it, and the event is gone from the buffer
+            self.lost += 1
 
 
 _RING_SAMPLE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _PERF_SAMPLE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32)
-_PERF_LOST = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64)
 
 
 def _event_functions() -> ctypes.CDLL:
     libbpf = open_libbpf()
     libbpf.ring_buffer__new.argtypes = (ctypes.c_int, _RING_SAMPLE, ctypes.c_void_p, ctypes.c_void_p)
     pointer = ctypes.c_void_p
-    libbpf.perf_buffer__new.argtypes = (ctypes.c_int, ctypes.c_size_t, _PERF_SAMPLE, _PERF_LOST, pointer, pointer)
+    libbpf.perf_buffer__new.argtypes = (ctypes.c_int, ctypes.c_size_t, _PERF_SAMPLE, pointer, pointer, pointer)
     for kind in "ring", "perf":
         getattr(libbpf, f"{kind}_buffer__new").restype = ctypes.c_void_p
         for operation in "epoll_fd", "consume", "free":

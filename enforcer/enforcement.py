@@ -268,6 +268,7 @@ class Enforcement:
         self._table_uncertain = False  # somebody may have changed it unseen
         self._interfaces = ""  # the text that told the table of them last
         self._lost_seen = 0
+        self._lost_unread = 0  # of the ring's events, for want of memory
         self._ways_out: frozenset[topology.Route] = frozenset()
         self._ranges: dict[bytes, bytes] = {}
         self._attached: dict[int, str] = {}  # interface index -> the program at its ingress
@@ -503,7 +504,9 @@ class Enforcement:
     # --- DNS events --------------------------------------------------------------------------------------------------
     def take_events(self, reader: bpf.EventReader) -> None:
         """Everything that BPF has reported: parse, judge, and tell the kernel in one transaction."""
-        self._take(list(map(kernel_abi.decode_event, reader.read())))
+        records = reader.read()
+        self._lost_unread = reader.lost
+        self._take(list(map(kernel_abi.decode_event, records)))
 
     def listen(self, ears: PacketSockets) -> None:
         """Have answers read by `ears` and not by BPF; before start()."""
@@ -1139,7 +1142,7 @@ class Enforcement:
         }
 
     def _lost(self) -> int:
-        return self._count(Outcome.EVENT_LOST) + (self._ears.lost if self._ears is not None else 0)
+        return self._count(Outcome.EVENT_LOST) + self._lost_unread + (self._ears.lost if self._ears is not None else 0)
 
     def _count(self, outcome: Outcome) -> int:
         return self._kernel.maps["counters"].sum_u64(_u32(outcome)) + self._overhearing.outcomes[outcome]

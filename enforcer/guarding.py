@@ -106,7 +106,8 @@ class Guard:
         self._plan: AttachmentPlan | None = None
         self._any_port = 0
         self._registry_ports: frozenset[int] = frozenset()
-        self.malformed = 0  # records of the ring that are none
+        self._unread = 0  # reports that were in the ring, and could not be read
+        self._malformed = 0
 
     # --- policy ------------------------------------------------------------------------------------------------------
     def follow_policy(self, policy: Policy) -> None:
@@ -261,15 +262,19 @@ class Guard:
         for record in reader.read():
             try:
                 ending = kernel_abi.decode_ending(record)
-            except ValueError:
-                self.malformed += 1
+            except ValueError as error:
+                self._malformed += 1
+                log.warning("a report of the guard cannot be read: %s", error)
                 continue
             self._report(ending, self._observing)
+        self._unread = reader.lost + self._malformed
 
     def counts(self) -> Mapping[GuardOutcome, int]:
         """How often it said what."""
         guarded = self._kernel.maps["guarded"]
-        return {outcome: guarded.sum_u64(_u32(outcome)) for outcome in GuardOutcome}
+        counts = {outcome: guarded.sum_u64(_u32(outcome)) for outcome in GuardOutcome}
+        counts[GuardOutcome.REPORT_LOST] += self._unread
+        return counts
 
     @property
     def interfaces(self) -> frozenset[int]:

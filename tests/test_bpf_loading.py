@@ -7,6 +7,8 @@ kernel refuses, a hook that refuses every connection, and events on demand.
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import itertools
 import os
 import select
 import socket
@@ -23,7 +25,7 @@ import pytest
 from enforcer import bpf, kernel_abi
 from enforcer.bpf import CgroupHook, KernelState, Loader
 from enforcer.enforcement import name_map
-from enforcer.kernel_abi import LEARNED
+from enforcer.kernel_abi import LEARNED, Outcome
 from enforcer.policy import parse
 
 pytestmark = pytest.mark.root
@@ -48,31 +50,36 @@ EVENT_MAP(events, EVENT_BYTES);
 #ifdef BUILT_BY_BCC
 static __u64 *find_counter(__u32 *key) { return counters.lookup(key); }
 #ifdef LEGACY_KERNEL
-static void report(struct __sk_buff *skb, __u64 *event) { events.perf_submit(skb, event, sizeof(*event)); }
+static int report(struct __sk_buff *skb, __u64 *event) { return events.perf_submit(skb, event, sizeof(*event)); }
 #else
-static void report(struct __sk_buff *skb, __u64 *event) { events.ringbuf_output(event, sizeof(*event), 0); }
+static int report(struct __sk_buff *skb, __u64 *event) { return events.ringbuf_output(event, sizeof(*event), 0); }
 #endif
 #else
 INLINE __u64 *find_counter(__u32 *key) { return bpf_map_lookup_elem(&counters, key); }
 #ifdef LEGACY_KERNEL
-INLINE void report(struct __sk_buff *skb, __u64 *event)
+INLINE int report(struct __sk_buff *skb, __u64 *event)
 {
-	bpf_perf_event_output(skb, &events, BPF_F_CURRENT_CPU, event, sizeof(*event));
+	return bpf_perf_event_output(skb, &events, BPF_F_CURRENT_CPU, event, sizeof(*event));
 }
 #else
-INLINE void report(struct __sk_buff *skb, __u64 *event) { bpf_ringbuf_output(&events, event, sizeof(*event), 0); }
+INLINE int report(struct __sk_buff *skb, __u64 *event)
+{
+	return bpf_ringbuf_output(&events, event, sizeof(*event), 0);
+}
 #endif
 #endif
 
 PROGRAM("tc") int learn(struct __sk_buff *skb)
 {
-	__u32 zero = 0;
+	__u32 outcome = 0;
 	__u64 event = skb->mark;
-	__u64 *count = find_counter(&zero);
+	__u64 *count;
 
+	if (report(skb, &event))
+		outcome = OUTCOME_EVENT_LOST;
+	count = find_counter(&outcome);
 	if (count)
 		*count += 1;
-	report(skb, &event);
 	return 0;
 }
 
@@ -645,14 +652,38 @@ def test_events_wait_for_the_next_reader(kernel: KernelState) -> None:
 
 
 @pytest.mark.usefixtures("one_cpu")
-def test_overflow_of_a_perf_buffer_is_counted(bpffs: Path, unit: Inputs) -> None:
+def test_program_is_told_what_finds_no_room_in_a_perf_buffer(bpffs: Path, unit: Inputs) -> None:
     report = load_as_before_5_8(Loader.LIBBPF, bpffs / "generation-legacy", unit(Loader.LIBBPF))
     with KernelState(report) as kernel, bpf.EventReader(kernel.maps["events"]) as reader:
         bpf.run_packet(kernel.programs["learn"], FRAME, repeat=50_000)
-        first = len(reader.read())
-        emit(kernel, 1)  # the kernel reports a loss with the next event that fits
-        assert first + len(reader.read()) + reader.lost == 50_001
-        assert reader.lost > 0
+        lost = kernel.maps["counters"].sum_u64(Outcome.EVENT_LOST.to_bytes(4, sys.byteorder))
+        assert lost > 0
+        assert len(reader.read()) + lost == 50_000
+        assert reader.lost == 0
+
+
+@pytest.mark.usefixtures("one_cpu")
+@pytest.mark.parametrize("legacy", [False, True], ids=["ring", "perf"])
+def test_event_that_finds_no_memory_is_counted_and_those_around_it_are_read(
+    bpffs: Path, unit: Inputs, monkeypatch: pytest.MonkeyPatch, legacy: bool
+) -> None:
+    inputs = unit(Loader.LIBBPF)
+    if legacy:
+        report = load_as_before_5_8(Loader.LIBBPF, bpffs / "generation-legacy", inputs)
+    else:
+        report = bpf.load(bpffs, loader=Loader.LIBBPF, inputs=inputs)
+    copy, calls = ctypes.string_at, itertools.count(1)
+
+    def string_at(data: int, size: int) -> bytes:
+        if next(calls) == 2:
+            raise MemoryError
+        return copy(data, size)
+
+    with KernelState(report) as kernel, bpf.EventReader(kernel.maps["events"]) as reader:
+        emit(kernel, 1, 2, 3)
+        monkeypatch.setattr(ctypes, "string_at", string_at)
+        assert event_numbers(reader.read()) == [1, 3]
+        assert reader.lost == 1
 
 
 def test_asyncio_loop_is_woken_by_an_event(kernel: KernelState) -> None:

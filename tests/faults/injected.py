@@ -8,6 +8,7 @@ happen at which, is read at the start and at SIGUSR1, and steps count from then 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
 import itertools
@@ -37,6 +38,7 @@ class Orders:
     refuse: str = ""  # the beginning of the steps' names, as in DIRECTORY/steps
     refuse_times: int = 0
     refuse_seconds: float = 0.0
+    starve_events: int = 0  # so many find no memory when they are taken out of the ring; no steps
     clock_seconds: float = 0.0  # what the wall clock is wrong by
     save_seconds: float = daemon.SAVE_SECONDS
     floor_seconds: int = kernel_abi.LIFETIME_FLOOR_SECONDS
@@ -54,6 +56,8 @@ class _Steps:
         self._wall_clock = time.time
         time.time = lambda: self._wall_clock() + self.orders.clock_seconds
         self._fsync = os.fsync  # of the state file: before it, and before its renaming, nothing is there
+        self._copied = ctypes.string_at  # each event, and nothing else of this program
+        ctypes.string_at = self._copy_event
         self.heed()
         signal.signal(signal.SIGUSR1, lambda *_: self.heed())
 
@@ -61,11 +65,17 @@ class _Steps:
         """Read the orders."""
         self.orders = Orders(**json.loads((self._directory / "orders").read_text()))
         self._number = 0
-        self._refused = 0
+        self._refused = self._starved = 0
         self._refusing_until = time.monotonic() + self.orders.refuse_seconds
         daemon.SAVE_SECONDS = self.orders.save_seconds
         os.ftruncate(self._trace, 0)
         (self._directory / "orders").rename(self._directory / "heeded")
+
+    def _copy_event(self, ptr: Any, size: int = -1) -> bytes:
+        if self._starved < self.orders.starve_events:
+            self._starved += 1
+            raise MemoryError
+        return self._copied(ptr, size)
 
     def take(self, name: str, action: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """One step."""

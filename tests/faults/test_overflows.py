@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from enforcer.learned import LearnedAddresses
+from tests.faults.injected import Orders
 from tests.faults.world import SOON_SECONDS, World
 from tests.lab.internet import EVIL_ADDRESS, fresh_address
 from tests.lab.lab import RESOLVER, poll
@@ -38,6 +39,7 @@ def hung(world: World) -> Iterator[None]:
 def hang(world: World, seconds: float) -> str:
     """What is redirected to the responder waits for it; BPF goes on learning, and nftables and BPF refusing."""
     learned: list[str] = []
+    lost = world.enforcer.total("enforcer_kernel_events_lost_total")
     with world.nothing_gets_out("timed out") as probes:
         with hung(world):
             started = time.monotonic()
@@ -52,7 +54,7 @@ def hang(world: World, seconds: float) -> str:
         world.learns()
         poll("an answer", lambda: world.lab.ct.attempt(EVIL_ADDRESS).message == "403 Forbidden")
     assert world.enforcer.running
-    assert world.enforcer.total("enforcer_kernel_events_lost_total") == 0
+    assert world.enforcer.total("enforcer_kernel_events_lost_total") == lost
     return f"{len(learned)} names learned, all known {took:.1f} s later; {probes.tried} attempts, none got out"
 
 
@@ -81,6 +83,38 @@ def fill_ring(world: World, names: int) -> str:
         f"{names} answers at {names / reply['seconds']:.0f}/s, {lost:.0f} of them lost and all {names} addresses known "
         f"{took:.1f} s later; {probes.tried} attempts, none got out"
     )
+
+
+def starve_events(world: World) -> str:
+    """What BPF has learned is read from its map, and what the guard has ended stays ended."""
+
+    def lost() -> tuple[float, float]:
+        return (
+            world.enforcer.total("enforcer_kernel_events_lost_total"),
+            world.enforcer.total("enforcer_guarded_connections_total", outcome="report_lost"),
+        )
+
+    events, reports = lost()
+    with world.nothing_gets_out() as probes:
+        world.enforcer.order(Orders(starve_events=1))
+        started = time.monotonic()
+        (address,) = world.learn(1)
+        poll("what was lost", lambda: (address, 443) in world.enforcer.permitted(), SOON_SECONDS)
+        took = time.monotonic() - started
+        assert lost() == (events + 1, reports)
+        world.reached(address)
+        world.enforcer.order(Orders(starve_events=1))
+        wrong_name = world.lab.ct.call("attempt", address=address, port=443, timeout=5, host="evil.test")
+        assert wrong_name["message"] == "403 Forbidden", wrong_name
+        poll("the loss to be counted", lambda: lost() == (events + 1, reports + 1))
+        world.learns()
+    assert world.enforcer.running
+    return f"a name known {took:.1f} s later, a connection ended without a line; {probes.tried} attempts, none got out"
+
+
+@pytest.mark.fault("no memory for what BPF reports")
+def test_event_finds_no_memory(world: World, numbers: Numbers) -> None:
+    numbers(starve_events(world))
 
 
 @pytest.mark.fault("the daemon hangs for a minute")

@@ -57,3 +57,7 @@ def test_interfaces_come_and_go(world: World) -> None:
 
 def test_hung_daemon(world: World) -> None:
     test_overflows.hang(world, HUNG_SECONDS)
+
+
+def test_event_finds_no_memory(world: World) -> None:
+    test_overflows.starve_events(world)
