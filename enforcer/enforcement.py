@@ -19,7 +19,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, ParamSpec
@@ -309,10 +309,11 @@ class Enforcement:
         self._refresh_learned()  # a new build's maps, or those of before a reboot, know nothing
         self._attach_hooks()
         await self.questions.begin()
-        difference = self._difference(self._elements() if self._table_present else [], frozenset(adopted.forget))
+        elements = self._elements() if self._table_present else {}
+        difference = self._difference(elements, frozenset(adopted.forget))
         assert self.plan is not None  # follow_resolvers made it
         self._revoked = revocation.Revoked(self._revoked_elements() if self._table_present else {})
-        self._apply_ruleset(self.policy, self._render(difference))
+        self._apply_ruleset(self.policy, self._render(difference, elements))
         self._remember_revoked(difference)
         self._write_judge(self.policy)
         self._table_present = self._ruleset_applied = True
@@ -383,7 +384,14 @@ class Enforcement:
         """Hold what BPF has learned while nobody listened, as far as the policy still allows it."""
         learned = self._kernel.maps["learned"]
         patterns = {pattern_id(entry.pattern): entry.pattern for entry in name_permissions(self.policy)}
+
+        @functools.cache  # patterns are few, what they taught is not
+        def covering(pattern: HostPattern) -> tuple[tuple[Rule, HostPattern], ...]:
+            """The rules, and their patterns, that permit every name that `pattern` covers."""
+            return tuple(self.index.covering(pattern.name, wildcard=pattern.wildcard))
+
         entries = []
+        now_ns = self._kernel.now_ns()
         for key, value in list(learned.items()):
             address, port = kernel_abi.unpack_learned_key(key)
             expires_ns, taught_by, *_ = kernel_abi.LEARNED.codec.unpack(value)
@@ -391,12 +399,14 @@ class Enforcement:
                 continue
             pattern = patterns.get(taught_by)
             found = False
-            if pattern is not None and expires_ns > self._kernel.now_ns():
-                for rule, matched in self._holders(self.index, pattern, (address, port)):
-                    found = True
-                    entries.append(
-                        LearnedAddress(address, port, str(pattern), rule.name, matched, expires_ns / NANOSECONDS)
-                    )
+            if pattern is not None and expires_ns > now_ns:
+                range_class = self._classify(address)
+                for rule, matched in covering(pattern):
+                    if port in rule.ports and may_teach(range_class, rule):
+                        found = True
+                        entries.append(
+                            LearnedAddress(address, port, str(pattern), rule.name, matched, expires_ns / NANOSECONDS)
+                        )
             if not found:
                 learned.delete(key)
         if entries:
@@ -411,35 +421,31 @@ class Enforcement:
             log.warning("%s; registries are learned anew", error)
             return Changes()
         now, wall_clock = self._now(), time.time()
+        still_held = self._still_held(self.index)
         entries = []
         for entry in saved:
             # The clock may have stepped: nothing lives longer than it would have when it was saved.
             left = min(entry.expires_at - wall_clock, entry.seconds_left, kernel_abi.LIFETIME_CEILING_SECONDS)
-            if left > 0 and self._still_held(self.index, entry):
+            if left > 0 and still_held(entry):
                 entries.append(
                     LearnedAddress(entry.address, entry.port, entry.name, entry.rule, entry.pattern, now + left)
                 )
         return self.learned.learn(entries, now)
 
-    def _holders(
-        self, index: NameIndex, pattern: HostPattern, destination: Destination
-    ) -> Iterator[tuple[Rule, HostPattern]]:
-        """The rules of a policy, and their patterns, that permit `destination` for every name that `pattern` covers."""
-        address, port = destination
-        for rule, covering in index.covering(pattern.name, wildcard=pattern.wildcard):
-            if port in rule.ports and may_teach(self._classify(address), rule):
-                yield rule, covering
+    def _still_held(self, index: NameIndex) -> Callable[[LearnedAddress | state.SavedAddress], bool]:
+        """Whether the policy of `index` would permit an entry for the same reason."""
 
-    def _still_held(self, index: NameIndex, entry: LearnedAddress | state.SavedAddress) -> bool:
-        """Whether the policy of `index` would permit `entry` for the same reason."""
-        rule = self._rule_of(index, entry.rule, entry.pattern)
-        return rule is not None and entry.port in rule.ports and may_teach(self._classify(entry.address), rule)
+        @functools.cache  # holders are few, what they hold is not
+        def rule_of(name: str, pattern: HostPattern) -> Rule | None:
+            """The rule of this name, if it has the pattern."""
+            covering = index.covering(pattern.name, wildcard=pattern.wildcard)
+            return next((rule for rule, covered in covering if covered == pattern and rule.name == name), None)
 
-    @staticmethod
-    def _rule_of(index: NameIndex, name: str, pattern: HostPattern) -> Rule | None:
-        """The rule of this name, if it has the pattern."""
-        covering = index.covering(pattern.name, wildcard=pattern.wildcard)
-        return next((rule for rule, covered in covering if covered == pattern and rule.name == name), None)
+        def still_held(entry: LearnedAddress | state.SavedAddress) -> bool:
+            rule = rule_of(entry.rule, entry.pattern)
+            return rule is not None and entry.port in rule.ports and may_teach(self._classify(entry.address), rule)
+
+        return still_held
 
     def _now(self) -> float:
         """Seconds on the clock of the BPF programs."""
@@ -478,16 +484,16 @@ class Enforcement:
         else:
             self.faults.over(Fault.STATE)
 
-    def _elements(self) -> list[ruleset.Element]:
-        """What the learned sets hold; NftError if they are gone."""
-        return self._firewall.learned() if self._capabilities.remembers else []
+    def _elements(self) -> dict[Destination, int]:
+        """What the learned sets hold, and the seconds that are left; NftError if they are gone."""
+        elements = self._firewall.learned() if self._capabilities.remembers else []
+        return {(element.address, element.port): element.lifetime_seconds for element in elements}
 
     def _difference(
-        self, elements: Iterable[ruleset.Element], forgotten: frozenset[Destination] = frozenset()
+        self, seconds_left: Mapping[Destination, int], forgotten: frozenset[Destination] = frozenset()
     ) -> Changes:
         """What makes of these elements of the table those that are held; who made room keeps his connections."""
         now = self._now()
-        seconds_left = {(element.address, element.port): element.lifetime_seconds for element in elements}
         permit = (
             entry
             for entry in self.learned.longest_of_each()
@@ -564,9 +570,7 @@ class Enforcement:
 
     def _classify(self, address: Address) -> RangeClass | None:
         assert self.plan is not None
-        if any(address in network for network in self.plan.own_ranges if network.version == address.version):
-            return RangeClass.NEVER
-        return dns_answer.classify_address(address)
+        return RangeClass.NEVER if self.plan.is_own(address) else dns_answer.classify_address(address)
 
     def _apply(self, changes: Changes) -> None:
         if changes:
@@ -617,7 +621,8 @@ class Enforcement:
         for destination in withdraw:
             learned.delete(kernel_abi.pack_learned_key(*destination))
 
-    def _render(self, changes: Changes) -> str:
+    def _render(self, changes: Changes, elements: Mapping[Destination, int] | None = None) -> str:
+        """The changes as nft takes them; `elements` are those of the table, where they have been read for this."""
         if not self._capabilities.remembers:
             return ""
         now = self._now()
@@ -626,7 +631,7 @@ class Enforcement:
             for entry in changes.permit
             if (seconds := int(entry.expires_at - now)) > 0
         ]
-        text = ruleset.render_elements(permit, (*changes.withdraw, *changes.forget))
+        text = ruleset.render_elements(permit, (*changes.withdraw, *changes.forget), elements)
         if self._revoked is not None:
             pardoned = (entry.destination for entry in changes.permit if entry.destination in self._revoked)
             text += ruleset.render_revoked(changes.withdraw, pardoned)
@@ -924,9 +929,7 @@ class Enforcement:
         before, after = self._names, name_map(policy)
         names = self._kernel.maps["names"]
         narrowed = [key for key, value in before.items() if after.get(key) != value]
-        kept, changes = self.learned.narrowed(
-            functools.partial(self._still_held, index), policy.learned_addresses, self._now()
-        )
+        kept, changes = self.learned.narrowed(self._still_held(index), policy.learned_addresses, self._now())
         assert self.plan is not None
         try:
             self._redirects.take_up(self._count_redirects())
@@ -1117,15 +1120,15 @@ class Enforcement:
         try:
             elements, held = self._elements(), self._revoked_elements().keys()
         except nft.NftError:  # gone, with the sets or the table
-            elements, held = [], {}.keys()
+            elements, held = {}, {}.keys()
         difference = self._difference(elements)
-        text = self._render(difference) + ruleset.render_revoked(set(self._revoked or ()) - held)
+        text = self._render(difference, elements) + ruleset.render_revoked(set(self._revoked or ()) - held)
         try:
             self._apply_ruleset(self.policy, text)
         except nft.NftError:
             # Something of another kind has the name of a part of it.
-            difference = self._difference([])
-            text = self._render(difference) + ruleset.render_revoked(self._revoked or ())
+            difference = self._difference({})
+            text = self._render(difference, {}) + ruleset.render_revoked(self._revoked or ())
             self._apply_ruleset(self.policy, text, afresh=True)
         self._remember_revoked(difference)
         self._table_present = True

@@ -170,7 +170,7 @@ class Nft:
         return counters
 
     def learned(self) -> list[Element]:
-        """What the learned sets permit, with the seconds that are left; NftError without the table."""
+        """What the learned sets permit, with the seconds that are left, at least 1; NftError without the table."""
         return self._elements(LEARNED_SETS)
 
     def revoked(self) -> list[Element]:
@@ -192,11 +192,10 @@ class Nft:
                     element = dict(_attributes(item))
                     key = dict(_attributes(element[_NFTA_SET_ELEM_KEY]))[_NFTA_DATA_VALUE]
                     left_milliseconds = int.from_bytes(element[_NFTA_SET_ELEM_EXPIRATION], "big")
-                    if left_milliseconds >= 1000:
-                        # Each field of a concatenated key is padded to four bytes.
-                        address = ip_address(key[:address_bytes])
-                        port = int.from_bytes(key[address_bytes : address_bytes + 2], "big")
-                        elements.append(Element(address, port, left_milliseconds // 1000))
+                    # Each field of a concatenated key is padded to four bytes.
+                    address = ip_address(key[:address_bytes])
+                    port = int.from_bytes(key[address_bytes : address_bytes + 2], "big")
+                    elements.append(Element(address, port, max(1, left_milliseconds // 1000)))
         return elements
 
     def _dump(self, message: int, request: bytes) -> list[dict[int, bytes]]:

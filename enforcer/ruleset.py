@@ -19,7 +19,7 @@ from __future__ import annotations
 import enum
 import functools
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, collapse_addresses
 
@@ -574,11 +574,16 @@ def render_cgroups(marks: Marks, capabilities: Capabilities, cgroups: Iterable[t
     return _replace_rules("own_mark", _mark_by_cgroup(marks, cgroups))
 
 
-def render_elements(permit: Iterable[Element], withdraw: Iterable[tuple[Address, int]]) -> str:
+def render_elements(
+    permit: Iterable[Element],
+    withdraw: Iterable[tuple[Address, int]],
+    held: Container[tuple[Address, int]] | None = None,
+) -> str:
     """Grants or refreshes `permit`, then takes back `withdraw`, which wins; empty when there is nothing to do.
 
     A plain add leaves the lifetime of an element that exists as it is, and deleting one that has expired fails the
     transaction. Hence add, delete, add and add, delete: no packet falls between, since they take effect together.
+    Where `held` says what the sets hold, the rest of `permit` is added and no more, in a third of the time.
     """
     lifetimes: dict[tuple[Address, int], int] = {}
     for element in permit:
@@ -590,9 +595,10 @@ def render_elements(permit: Iterable[Element], withdraw: Iterable[tuple[Address,
         permitted = {key: seconds for key, seconds in lifetimes.items() if key[0].version == version}
         gone = [key for key in withdrawn if key[0].version == version]
         with_timeout = [f"{_key(key)} timeout {seconds}s" for key, seconds in permitted.items()]
+        again = [key for key in permitted if held is None or key in held]
         text += _change("add", set_name, with_timeout)
-        text += _change("delete", set_name, map(_key, permitted))
-        text += _change("add", set_name, with_timeout)
+        text += _change("delete", set_name, map(_key, again))
+        text += _change("add", set_name, (f"{_key(key)} timeout {permitted[key]}s" for key in again))
         text += _change("add", set_name, (f"{_key(key)} timeout 60s" for key in gone))
         text += _change("delete", set_name, map(_key, gone))
     return text

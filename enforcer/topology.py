@@ -77,7 +77,7 @@ class InterfaceRole:
     why: str
 
 
-@dataclass(frozen=True)  # without slots: own_addresses is kept
+@dataclass(frozen=True)  # without slots: what is worked out is kept
 class AttachmentPlan:
     """Where the programs belong, and what the ruleset treats as internal."""
 
@@ -96,6 +96,23 @@ class AttachmentPlan:
     def own_addresses(self) -> frozenset[Address]:
         """Of this host, on whatever interface."""
         return frozenset(address.ip for entry in self.roles for address in entry.interface.addresses)
+
+    def is_own(self, address: Address) -> bool:
+        """Whether `address` is in one of `own_ranges`."""
+        number = int(address)
+        return any(number & mask == network for network, mask in self._own_numbers[address.version])
+
+    @functools.cached_property
+    def _own_numbers(self) -> Mapping[int, tuple[tuple[int, int], ...]]:
+        """`own_ranges` as (address, mask) by version. A reload looks up all that is held."""
+        return {
+            version: tuple(
+                (int(network.network_address), int(network.netmask))
+                for network in self.own_ranges
+                if network.version == version
+            )
+            for version in (4, 6)
+        }
 
     @property
     def internal(self) -> frozenset[str]:

@@ -232,7 +232,7 @@ operations = st.lists(
     st.one_of(
         st.tuples(st.just("learn"), st.integers(0, 3), st.integers(0, 2), st.integers(1, 2_000)),
         st.tuples(st.just("expire"), st.integers(0, 2_000), st.just(0), st.just(0)),
-        st.tuples(st.just("revoke"), st.integers(0, 2), st.just(0), st.just(0)),
+        st.tuples(st.just("revoke"), st.integers(0, 2), st.integers(1, 4), st.just(0)),
     ),
     max_size=60,
 )
@@ -253,7 +253,12 @@ def test_what_the_kernel_was_told_never_outlives_what_is_held(
             changes = learned.learn([entry(now + c, address=address, rule=f"rule{b}")], now)
         elif step == "revoke":
             dropped = f"rule{a}"
-            learned, changes = learned.narrowed(lambda e, dropped=dropped: e.rule != dropped)  # type: ignore[misc]
+            before = {holder: list(waiting) for holder, waiting in learned._waiting.items()}
+            learned, changes = learned.narrowed(lambda e, dropped=dropped: e.rule != dropped, b, now)  # type: ignore[misc]
+            assert all(holder[0] != dropped for holder in learned._waiting)
+            if learned.permissions < b:  # no room had to be made
+                kept = {holder: waiting for holder, waiting in before.items() if holder[0] != dropped}
+                assert {holder: list(waiting) for holder, waiting in learned._waiting.items()} == kept
         else:
             now = max(now, float(a))
             for destination in learned.expire(now):

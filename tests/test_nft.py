@@ -538,6 +538,17 @@ def test_learned_lists_both_families_with_what_is_left_of_their_lifetimes(host: 
     assert 3590 <= learned[ip_address("2001:db8::1"), 8443] <= 3600
 
 
+def test_element_in_its_last_second_is_listed_and_refreshed(host: Host) -> None:
+    address = ip_address("10.0.0.1")
+    host.nft.apply(render_elements([Element(address, 443, 1)], []))
+    last = host.nft.learned()
+    assert last == [Element(address, 443, 1)]
+    host.nft.apply(
+        render_elements([Element(address, 443, 300)], [], [(element.address, element.port) for element in last])
+    )
+    assert [element.lifetime_seconds >= 290 for element in host.nft.learned()] == [True]
+
+
 # --- forwarded -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("port", [443, 5000])
 def test_forwarded_to_an_unlisted_registry_is_reset_and_counted(host: Host, plan: Plan, port: int) -> None:

@@ -314,6 +314,17 @@ def test_permission_is_added_deleted_and_added_again() -> None:
     ]
 
 
+def test_permission_that_the_sets_do_not_hold_is_added_once_and_others_as_ever() -> None:
+    new, old = Element(V4, 443, 300), Element(V6, 8443, 60)
+    assert changes(render_elements([new, old], [], {(V6, 8443): 5})) == [
+        ("add", "learned4", ["192.0.2.1 . 443 timeout 300s"]),
+        ("add", "learned6", ["2001:db8::1 . 8443 timeout 60s"]),
+        ("delete", "learned6", ["2001:db8::1 . 8443"]),
+        ("add", "learned6", ["2001:db8::1 . 8443 timeout 60s"]),
+    ]
+    assert render_elements([new, old], [], ()) == "".join(render_elements([each], [], ()) for each in (new, old))
+
+
 def test_same_element_twice_is_rendered_once_with_the_longer_lifetime() -> None:
     once = render_elements([Element(V4, 443, 300)], [])
     assert render_elements([Element(V4, 443, 10), Element(V4, 443, 300), Element(V4, 443, 20)], []) == once

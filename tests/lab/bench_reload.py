@@ -11,13 +11,19 @@ import sys
 import threading
 import time
 from collections import Counter
+from ipaddress import IPv4Address
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from enforcer import state
+from enforcer.kernel_abi import MAX_LEARNED
+from enforcer.learned import LearnedAddresses
+from enforcer.policy import HostPattern
 from tests.lab import small_internet
 from tests.lab.enforcer import Enforcer, policy, registry
 from tests.lab.internet import ALLOWED_ADDRESS, EVIL_ADDRESS
-from tests.lab.lab import RESOLVER, Agent, Lab, missing_tools
+from tests.lab.lab import RESOLVER, Agent, Lab, missing_tools, poll
 from tests.lab.soak import Traffic, come_outside, count_outside
 
 STORM_ADDRESS, STORM_PORT = "198.18.1.13", 9_000  # of dual.allowed.test; a listener that does nothing else
@@ -32,6 +38,8 @@ NAMES = 10_000
 HELD = 16_384  # learned addresses, which a reload looks through
 RELOADS = 10
 ANSWERS_A_SECOND = 1_000
+FULL_RULES = 16  # with as many addresses as one pattern may hold each: together as many as are held at most
+FULL_SECONDS = 10.0  # of a reload or repair then: a third of what systemd's watchdog allows
 BLOCKED_SECONDS = 2.0  # that a reload may hold up the daemon's loop; the kernel goes on by itself meanwhile
 
 
@@ -113,6 +121,44 @@ class Storm:
             self.failed.update(told["failed"])
 
 
+def full_memory(lab: Lab, enforcer: Enforcer) -> tuple[float, list[float], float, float]:
+    """What it is to hold as much as is ever held: seconds of a start that takes it over, of reloads that look through
+    it, and of a repair of the table; and MiB of memory."""
+    enforcer.stop()
+    enforcer.remove()
+    first = int(IPv4Address("11.0.0.0"))
+    state.save(
+        enforcer.state_dir,
+        (
+            state.SavedAddress(
+                IPv4Address(first + number), 443, f"n.p{rule}.full.test", f"full{rule}",
+                HostPattern(f"p{rule}.full.test", wildcard=True), time.time() + 3_600, 3_600,
+            )
+            for number, rule in enumerate(sorted(list(range(FULL_RULES)) * LearnedAddresses().per_holder))
+        ),
+    )  # fmt: skip
+    rules = "".join(registry(f"full{rule}", f"*.p{rule}.full.test") for rule in range(FULL_RULES))
+    texts = [policy(host="strict", more=rules + more) for more in (STORM_RULE, "")]
+    started = time.monotonic()
+    enforcer.start(texts[1])
+    took = time.monotonic() - started
+    reloads = []
+    for number in range(4):
+        started = time.monotonic()
+        problem = enforcer.reload_and_wait(texts[number % 2])
+        reloads.append(time.monotonic() - started)
+        assert problem is None, problem
+    held = enforcer.total("enforcer_held", what="learned_permissions")
+    assert held > 0.98 * MAX_LEARNED, held
+    started = time.monotonic()
+    assert lab.run("host", ["nft", "flush", "ruleset"]).returncode == 0
+    poll("the repair", lambda: ": put back" in enforcer.log)  # whose loop answers nobody meanwhile
+    repaired = time.monotonic() - started
+    status = Path(f"/proc/{enforcer.pid}/status").read_text()
+    (kibibytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:"))
+    return took, reloads, repaired, int(kibibytes) / 1024
+
+
 def main() -> int:
     """Print what it cost; 1 if something was lost, or passed, or the loop stood still for too long."""
     if missing := missing_tools():
@@ -135,6 +181,7 @@ def main() -> int:
                 assert problem is None, problem
                 time.sleep(0.2)
         busy.met.outside = come_outside(lab)
+        start, full, repair, memory = full_memory(lab, enforcer)
     for which, what in ((0, f"to {NAMES} names"), (1, "and back")):
         print(f"reload, {what}: {statistics.median(took[which]):.2f} s, {max(took[which]):.2f} s at most")
     met, made = busy.met, busy.met.allowed + storm.made
@@ -143,10 +190,14 @@ def main() -> int:
         f"answers/s; allowed {made}, failed {len(met.failed) + sum(storm.failed.values())}; "
         f"refused {met.refused}, passed {met.passed}, packets outside {sum(met.outside.values())}"
     )
+    print(
+        f"{MAX_LEARNED} learned permissions, as many as are ever held: start in {start:.1f} s, "
+        f"reload {statistics.median(full):.1f} s, {max(full):.1f} s at most, repair {repair:.1f} s, {memory:.0f} MiB"
+    )
     for failure in (*met.failed[:5], *storm.failed):
         print(f"bench: {failure}")
     lost, through = met.failed or storm.failed, met.passed or any(met.outside.values())
-    return 1 if lost or through or max(took[0]) > BLOCKED_SECONDS else 0
+    return 1 if lost or through or max(took[0]) > BLOCKED_SECONDS or max(*full, repair) > FULL_SECONDS else 0
 
 
 if __name__ == "__main__":
