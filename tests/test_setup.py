@@ -81,7 +81,7 @@ class Sandbox:
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            command,
+            ["/usr/bin/env", "--default-signal=INT", *command],  # where the tests run in the background it is ignored
             cwd=self.path,
             env=self.environment,
             stdin=subprocess.DEVNULL,
