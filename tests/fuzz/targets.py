@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
+from typing import Any
 
 import dns.flags
 import dns.name
@@ -211,9 +212,16 @@ def check_place(error: PolicyError, data: bytes) -> None:
 
 
 # --- the control socket ----------------------------------------------------------------------------------------------
-def _answering() -> Enforcement:
+class _Asked(Enforcement):
     """As much of a daemon as a question about names needs."""
-    answering = Enforcement.__new__(Enforcement)
+
+    def status(self) -> dict[str, Any]:
+        """Takes nothing from the request, and all of a daemon."""
+        return {}
+
+
+def _answering() -> _Asked:
+    answering = _Asked.__new__(_Asked)
     answering.policy, answering.index, answering.learned = POLICY, INDEX, LearnedAddresses()
     answering.auditor = Auditor.__new__(Auditor)
     answering.auditor.recent = RecentRecords()
