@@ -15,6 +15,7 @@ from tests.vm.verdict import Verdict, judge, steps_of
 
 _TOOLS = ("cpio", "debootstrap", "depmod", "mksquashfs", "qemu-system-x86_64", "unsquashfs", "zstd")
 _DEADLINE_SECONDS = 540
+_ATTEMPTS = 3
 
 
 def unable() -> str:
@@ -41,9 +42,15 @@ def layers() -> Iterator[tuple[Path, Path]]:
 def run(kernel: Kernel, base: Path, checkout: Path) -> tuple[Verdict, str]:
     """The verdict, and the end of the console. Raises FetchError if the kernel cannot be had."""
     fetched = archive.fetch(kernel)
-    ran = machine.boot(
-        image.boot_files(fetched), base, checkout,
-        parameters=(*kernel.parameters, f"vm.steps={','.join(steps_of(kernel))}"),
-        deadline_seconds=_DEADLINE_SECONDS,
-    )  # fmt: skip
-    return judge(kernel, ran.records, ended=ran.ended, seconds=ran.seconds, note=fetched.note), ran.console
+    notes = [fetched.note] if fetched.note else []
+    # Once in sixty times an emulated machine stood still before its kernel had said a word.
+    for attempt in range(1, _ATTEMPTS + 1):
+        ran = machine.boot(
+            image.boot_files(fetched), base, checkout,
+            parameters=(*kernel.parameters, f"vm.steps={','.join(steps_of(kernel))}"),
+            deadline_seconds=_DEADLINE_SECONDS,
+        )  # fmt: skip
+        if ran.records or ran.ended or ran.console:
+            break
+        notes.append(f"attempt {attempt} of {_ATTEMPTS} did not boot")
+    return judge(kernel, ran.records, ended=ran.ended, seconds=ran.seconds, note="; ".join(notes)), ran.console
