@@ -23,7 +23,7 @@ from tests.lab.lab import CT_ADDRESS, RESOLVER, Agent, Lab, Outcome, poll
 pytestmark = [pytest.mark.root, pytest.mark.lab, pytest.mark.timeout(180)]
 
 AT_ONCE, SECOND_SYN = 0.5, 3.0  # seconds: a first SYN that was lost comes again after one
-PATIENCE = 1.6  # of a client that is told nothing
+PATIENCE = 2.2  # of a client that is told nothing, or at its second SYN
 
 LAUNCHER = """
 import sys
