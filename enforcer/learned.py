@@ -227,35 +227,28 @@ class LearnedAddresses:
         kept = LearnedAddresses(capacity or self.capacity, self.per_holder, self.evicted, self.last_used)
         permit: dict[Destination, LearnedAddress] = {}
         withdraw: list[Destination] = []
-        left: dict[Holder, set[Destination]] = {}
+        left: dict[Holder, list[Destination]] = {}
         # Addresses are slow to hash: of 262,144 each look-up takes a tenth of a second.
         for destination, holders in self._holders.items():
             held = {holder: entry for holder, entry in holders.items() if keep(entry)}
             for holder in holders.keys() - held.keys():
-                left.setdefault(holder, set()).add(destination)
+                left.setdefault(holder, []).append(destination)
             if not held:
                 withdraw.append(destination)
                 continue
             kept._holders[destination] = held
-            kept._deadlines += [
-                (entry.expires_at, number, destination, holder)
-                for number, (holder, entry) in enumerate(held.items(), kept._permissions)
-            ]
             kept._permissions += len(held)
             if len(held) < len(holders):
                 longest = max(held.values(), key=_expiry)
                 if longest.expires_at < max(holders.values(), key=_expiry).expires_at:
                     permit[destination] = longest
-        kept._pushes = kept._permissions
-        heapq.heapify(kept._deadlines)
+        kept._renew_deadlines()
         for holder, waiting in self._waiting.items():
-            gone = left.get(holder, ())
-            if len(gone) < len(waiting):
-                kept._waiting[holder] = (
-                    OrderedDict.fromkeys(destination for destination in waiting if destination not in gone)
-                    if gone
-                    else waiting.copy()
-                )
+            remaining = waiting.copy()
+            for destination in left.get(holder, ()):
+                del remaining[destination]
+            if remaining:
+                kept._waiting[holder] = remaining
         forget: dict[Destination, None] = {}
         for evicted in kept._make_room_for_all(now):
             permit.pop(evicted, None)
@@ -279,15 +272,19 @@ class LearnedAddresses:
         heapq.heappush(self._deadlines, (entry.expires_at, self._pushes, destination, holder))
         if len(self._deadlines) > 2 * self._permissions + _ROOM:
             # Those that made room, which else would wait for their deadlines: the flood would grow here.
-            self._deadlines = [
-                (held.expires_at, number, place, its_holder)
-                for number, (place, its_holder, held) in enumerate(
-                    ((place, each, held) for place, holders in self._holders.items() for each, held in holders.items()),
-                    self._pushes + 1,
-                )
-            ]
-            heapq.heapify(self._deadlines)
-            self._pushes += self._permissions
+            self._renew_deadlines()
+
+    def _renew_deadlines(self) -> None:
+        """One for each permission that is held, and none for what is gone."""
+        self._deadlines = [
+            (held.expires_at, number, place, holder)
+            for number, (place, holder, held) in enumerate(
+                ((place, each, held) for place, holders in self._holders.items() for each, held in holders.items()),
+                self._pushes + 1,
+            )
+        ]
+        heapq.heapify(self._deadlines)
+        self._pushes += self._permissions
 
     def _drop(self, destination: Destination, holder: Holder) -> bool:
         """Remove one permission; whether the destination has no holder left."""

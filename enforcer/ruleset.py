@@ -594,11 +594,11 @@ def render_elements(
     for version, set_name in zip((4, 6), LEARNED_SETS, strict=True):
         permitted = {key: seconds for key, seconds in lifetimes.items() if key[0].version == version}
         gone = [key for key in withdrawn if key[0].version == version]
-        with_timeout = [f"{_key(key)} timeout {seconds}s" for key, seconds in permitted.items()]
+        with_timeout = {key: f"{_key(key)} timeout {seconds}s" for key, seconds in permitted.items()}
         again = [key for key in permitted if held is None or key in held]
-        text += _change("add", set_name, with_timeout)
+        text += _change("add", set_name, with_timeout.values())
         text += _change("delete", set_name, map(_key, again))
-        text += _change("add", set_name, (f"{_key(key)} timeout {permitted[key]}s" for key in again))
+        text += _change("add", set_name, (with_timeout[key] for key in again))
         text += _change("add", set_name, (f"{_key(key)} timeout 60s" for key in gone))
         text += _change("delete", set_name, map(_key, gone))
     return text

@@ -185,6 +185,13 @@ def load_as_before_5_8(loader: Loader, into: Path, inputs: list[Path]) -> bpf.Lo
     return bpf.read_report(into)
 
 
+def load_for(bpffs: Path, inputs: list[Path], loader: Loader, *, legacy: bool) -> bpf.LoadReport:
+    """With events in a ring, or as kernels before 5.8 have them."""
+    if legacy:
+        return load_as_before_5_8(loader, bpffs / "generation-legacy", inputs)
+    return bpf.load(bpffs, loader=loader, inputs=inputs)
+
+
 STALLED_LOADER = """
 import signal, sys
 from enforcer import bpf, bpf_loader
@@ -615,11 +622,7 @@ def one_cpu() -> Iterator[None]:
 @pytest.mark.parametrize("loader", Loader)
 @pytest.mark.parametrize("legacy", [False, True], ids=["ring", "perf"])
 def test_events_arrive_in_order_and_only_then_wake(bpffs: Path, unit: Inputs, loader: Loader, legacy: bool) -> None:
-    inputs = unit(loader)
-    if legacy:
-        report = load_as_before_5_8(loader, bpffs / "generation-legacy", inputs)
-    else:
-        report = bpf.load(bpffs, loader=loader, inputs=inputs)
+    report = load_for(bpffs, unit(loader), loader, legacy=legacy)
     with KernelState(report) as kernel, bpf.EventReader(kernel.maps["events"]) as reader:
         assert not readable(reader, 0)
         assert reader.read() == []
@@ -667,11 +670,7 @@ def test_program_is_told_what_finds_no_room_in_a_perf_buffer(bpffs: Path, unit: 
 def test_event_that_finds_no_memory_is_counted_and_those_around_it_are_read(
     bpffs: Path, unit: Inputs, monkeypatch: pytest.MonkeyPatch, legacy: bool
 ) -> None:
-    inputs = unit(Loader.LIBBPF)
-    if legacy:
-        report = load_as_before_5_8(Loader.LIBBPF, bpffs / "generation-legacy", inputs)
-    else:
-        report = bpf.load(bpffs, loader=Loader.LIBBPF, inputs=inputs)
+    report = load_for(bpffs, unit(Loader.LIBBPF), Loader.LIBBPF, legacy=legacy)
     copy, calls = ctypes.string_at, itertools.count(1)
 
     def string_at(data: int, size: int) -> bytes:
